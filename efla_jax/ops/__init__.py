@@ -1,1 +1,1 @@
-"""The op: coefficients (the equation), scan (the reference), chunkwise (the fast form), attention (the public calls)."""
+"""The op: coefficients (the equation), scan (the reference), chunkwise (the fast form), attention (the calls)."""

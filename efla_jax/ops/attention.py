@@ -1,6 +1,5 @@
 """The public calls: validation, coefficients, choice of implementation, sharding."""
 
-import difflib
 from collections.abc import Sequence
 from functools import partial
 from typing import Literal
@@ -10,7 +9,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int
 
-from efla_jax.ops.coefficients import INTEGRATORS, Integrator, accumulator_dtype, erase_and_write
+from efla_jax.ops.coefficients import Integrator, accumulator_dtype, erase_and_write
 from efla_jax.ops.registry import Call, choose
 from efla_jax.ops.scan import delta_rule_step
 from efla_jax.ops.sharding import mesh_axes, per_shard, shards
@@ -78,13 +77,6 @@ def _check_options(scale, chunk_size, precision):
     if chunk_size is not None and (not isinstance(chunk_size, int) or chunk_size < 1 or chunk_size & (chunk_size - 1)):
         raise ValueError(f"chunk_size is {chunk_size!r}; it must be a power of two or None")
     return None if precision is None else jax.lax.Precision(precision)
-
-
-def _check_integrator(integrator):
-    if integrator not in INTEGRATORS:
-        near = difflib.get_close_matches(str(integrator), INTEGRATORS, 1)
-        hint = f"; did you mean {near[0]!r}?" if near else ""
-        raise ValueError(f"integrator is {integrator!r}; it must be one of {', '.join(INTEGRATORS)}{hint}")
 
 
 def delta_rule_attention(
@@ -193,7 +185,6 @@ def efla_attention(
         NotImplementedError: the named implementation cannot serve the call, with the reason.
     """
     _check_sequence(query, key, value, dict(beta=beta), log_decay, initial_state, segment_ids)
-    _check_integrator(integrator)
     erase, write = erase_and_write(key, beta, log_decay, integrator)
     return delta_rule_attention(
         query, key, value, erase, write, log_decay=log_decay, initial_state=initial_state, segment_ids=segment_ids,
@@ -234,7 +225,6 @@ def efla_step(
         if name in arrays:
             _check_shape(name, arrays[name], (batch, heads), ("B", "H"))
     _check_shape("state", state, (batch, heads, key_dim, value_dim), ("B", "H", "K", "V"))
-    _check_integrator(integrator)
     precision = _check_options(scale, None, precision) or jax.lax.Precision.HIGHEST
     erase, write = erase_and_write(key, beta, log_decay, integrator)
     dtype = accumulator_dtype(query, key, value)

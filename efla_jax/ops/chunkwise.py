@@ -82,7 +82,7 @@ def _decay(log_decay, starts, size, acc):
     Sums of log-decay restart at document borders, masked by exact zeros: nothing of one document, not even its
     rounding, enters another.
     """
-    reach = jnp.tril(jnp.ones((size, size), bool))
+    reach = jnp.tril(jnp.ones((1, 1, 1, size, size), bool))
     if log_decay is None and starts is None:
         return Decay(reach.astype(acc), None, None, None, reach)
     first = jnp.ones((), bool)

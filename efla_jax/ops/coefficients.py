@@ -11,6 +11,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from efla_jax.choices import check_choice
+
 Integrator = Literal["exact", "split", "euler", "rk2", "rk4", "implicit"]
 INTEGRATORS: tuple[str, ...] = get_args(Integrator)
 
@@ -75,6 +77,7 @@ def erase_and_write(
     """
     dtype = accumulator_dtype(key, beta)
     key, beta = key.astype(dtype), beta.astype(dtype)
+    check_choice("integrator", integrator, INTEGRATORS)
     if integrator == "euler":
         return beta, beta
     lam = jnp.sum(key * key, axis=-1)
@@ -90,8 +93,6 @@ def erase_and_write(
         gain = beta * (1 - x / 2)
     elif integrator == "rk4":
         gain = beta * (1 - x / 2 + x**2 / 6 - x**3 / 24)
-    elif integrator == "implicit":
+    else:  # implicit
         gain = beta / (1 + x)
-    else:
-        raise ValueError(f"integrator is {integrator!r}; it must be one of {', '.join(INTEGRATORS)}")
     return gain, gain

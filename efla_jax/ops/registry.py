@@ -5,7 +5,6 @@ Every implementation is the same function, differentiable in all floating inputs
     -> (output [B, T, H, V], state [B, H, K, V])
 """
 
-import difflib
 import functools
 import warnings
 from collections.abc import Callable, Sequence
@@ -14,6 +13,7 @@ from dataclasses import dataclass
 import jax
 import jax.numpy as jnp
 
+from efla_jax.choices import check_choice
 from efla_jax.ops.chunkwise import chunkwise_delta_rule
 from efla_jax.ops.scan import scan_delta_rule
 
@@ -56,10 +56,7 @@ REGISTRY: dict[str, Implementation] = {
 
 def _reason(name: str, call: Call) -> str | None:
     """Why `name` cannot serve the call, or None."""
-    if not isinstance(name, str) or name not in NAMES:
-        near = difflib.get_close_matches(str(name), NAMES, 1)
-        hint = f"; did you mean {near[0]!r}?" if near else ""
-        raise ValueError(f"implementation is {name!r}; it must be one of {', '.join(NAMES)}{hint}")
+    check_choice("implementation", name, NAMES)
     if name not in REGISTRY:
         return "this version of efla_jax has no such kernel"
     return REGISTRY[name].supported(call)

@@ -1,0 +1,30 @@
+"""Sequential MNIST by two residual EFLA blocks, 28 pixels a token: a classifier that a user would want.
+
+Command:  efla train --config=configs/smnist.py --workdir=runs/smnist
+          efla train --config=configs/smnist.py:deltanet --workdir=runs/smnist_deltanet
+"""
+
+from efla_jax.layers import MixerConfig
+from efla_jax.models import ClassifierConfig
+from efla_jax.training.config import Config, OptimizerConfig, TrainConfig
+
+
+def get_config(rule: str = "efla") -> Config:
+    """rule: "efla" (exact, raw keys) or "deltanet" (euler, unit keys)."""
+    if rule not in ("efla", "deltanet"):
+        raise ValueError(f"the argument of this config is {rule!r}; it must be efla or deltanet")
+    exact = rule == "efla"
+    mixer = MixerConfig(
+        heads=2,
+        key_dim=32,
+        value_dim=32,
+        integrator="exact" if exact else "euler",
+        normalize_keys=not exact,
+        conv_width=4,
+        activation=True,
+    )
+    return Config(
+        model=ClassifierConfig(mixer=mixer),
+        optimizer=OptimizerConfig(peak_lr=3e-3, schedule="cosine", warmup_steps=50),
+        train=TrainConfig(steps=938, batch_size=128, checkpoint_every=100, log_every=20),
+    )

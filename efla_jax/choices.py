@@ -1,0 +1,17 @@
+"""One check for options that take one of a few names."""
+
+import difflib
+from collections.abc import Iterable
+
+
+def nearest(name: object, names: Iterable[str]) -> str:
+    """'; did you mean …?' for the nearest of names, or nothing."""
+    near = difflib.get_close_matches(str(name), list(names), 1)
+    return f"; did you mean {near[0]!r}?" if near else ""
+
+
+def check_choice(what: str, value: object, choices: Iterable[str]) -> None:
+    """Raises ValueError, with the nearest choice, unless value is one of choices."""
+    choices = tuple(choices)
+    if not isinstance(value, str) or value not in choices:
+        raise ValueError(f"{what} is {value!r}; it must be one of {', '.join(choices)}{nearest(value, choices)}")

@@ -1,0 +1,250 @@
+"""Training from a config in a workdir: start or resume, step, log, save, stop cleanly.
+
+WORKDIR/config.json      the config of the run
+WORKDIR/metrics.jsonl    a JSON object per logged step
+WORKDIR/tensorboard/     the same for TensorBoard
+WORKDIR/checkpoints/     see `checkpoint.py`
+"""
+
+import logging
+import math
+import os
+import signal
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+from typing import Any, Self
+
+import jax
+import numpy as np
+import optax
+from flax import nnx
+from jax.sharding import Mesh, NamedSharding
+
+from efla_jax.data import mnist
+from efla_jax.data.pipeline import batches
+from efla_jax.models import build
+from efla_jax.training.checkpoint import CheckpointError, Checkpoints, load_newest
+from efla_jax.training.config import Config, ConfigError, differences, from_json, to_json
+from efla_jax.training.metrics import MetricsWriter
+from efla_jax.training.sharding import BATCH, TOKENS, make_mesh, state_shardings
+from efla_jax.training.step import (
+    State,
+    graph_of,
+    initial_state,
+    make_optimizer,
+    make_train_step,
+    parameter_names,
+    schedule,
+)
+
+logger = logging.getLogger(__name__)
+
+# Fields in which a run may differ from the one its workdir holds: what it computes stays the same.
+_FREE_FIELDS = ("train.log_every", "train.checkpoint_every", "train.keep", "data.data_dir", "mesh.")
+
+
+class NonFiniteError(ArithmeticError):
+    """The loss or a gradient is not finite; the message names the step and the culprit."""
+
+
+class Interrupt:
+    """Remembers a SIGTERM while its block runs, in place of dying by it."""
+
+    requested = False
+
+    def __enter__(self) -> Self:
+        self._previous = signal.signal(signal.SIGTERM, self._remember)
+        return self
+
+    def _remember(self, number: int, frame: FrameType | None) -> None:
+        self.requested = True
+
+    def __exit__(self, *_: object) -> None:
+        signal.signal(signal.SIGTERM, self._previous)
+
+
+@dataclass(frozen=True)
+class Program:
+    """The jitted functions of a run and the form of its state (ShapeDtypeStructs with shardings)."""
+
+    mesh: Mesh
+    graph: nnx.GraphDef
+    form: State
+    start: Any  # () -> state
+    step: Any  # (state, batch) -> (state, metrics); donates the state
+    parameter_names: list[str]
+
+
+def make_program(config: Config, mesh: Mesh) -> Program:
+    """Call, and use, inside `jax.set_mesh(mesh)`."""
+    graph = graph_of(config.model)
+    learning_rate = schedule(config.optimizer, config.train.steps)
+    optimizer: optax.GradientTransformation = make_optimizer(config.optimizer, learning_rate)
+    start = lambda: initial_state(config, jax.random.key(config.train.seed), optimizer)
+    form = jax.eval_shape(start)
+    shardings = state_shardings(mesh, form)
+    step = make_train_step(graph, optimizer, learning_rate, TOKENS)
+    return Program(
+        mesh=mesh,
+        graph=graph,
+        form=jax.tree.map(lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), form, shardings),
+        start=jax.jit(start, out_shardings=shardings),
+        step=jax.jit(step, donate_argnums=0, out_shardings=(shardings, None)),
+        parameter_names=parameter_names(form["params"]),
+    )
+
+
+def open_workdir(workdir: str | os.PathLike[str], config: Config) -> Path:
+    """Makes the workdir for this config, or checks that it holds a run of it.
+
+    Raises:
+        ConfigError: it cannot be written, or holds a run of another config; the differing fields are named.
+    """
+    path = Path(workdir)
+    file = path / "config.json"
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        if not file.exists():
+            partial = file.with_suffix(".partial")
+            partial.write_text(to_json(config))
+            partial.replace(file)
+    except OSError as error:
+        raise ConfigError(f"--workdir is {str(workdir)!r}, which cannot be written: {error}") from error
+    # a constant learning rate does not know where the run ends, so the run may be made longer
+    free = (*_FREE_FIELDS, "train.steps") if config.optimizer.schedule == "constant" else _FREE_FIELDS
+    found = differences(config, from_json(file.read_text()), free)
+    if found:
+        raise ConfigError(
+            f"--workdir is {str(workdir)!r}, which holds a run of another config: {'; '.join(found)}. "
+            "Use another workdir, or the config of the run"
+        )
+    return path
+
+
+@dataclass
+class Report:
+    """Checks and writes the metrics of steps, in order."""
+
+    writer: MetricsWriter
+    config: Config
+    names: list[str]
+    last_step: int
+    last_time: float
+
+    def __call__(self, step: int, metrics: dict[str, Any]) -> None:
+        """Waits for the step. Raises NonFiniteError."""
+        values: dict[str, Any] = {name: np.asarray(value) for name, value in metrics.items()}
+        norms = values.pop("leaf_norms")
+        if not (math.isfinite(values["loss"]) and math.isfinite(values["grad_norm"])):
+            bad = [name for name, norm in zip(self.names, norms, strict=True) if not math.isfinite(norm)]
+            raise NonFiniteError(
+                f"step {step}: the loss is {values['loss']}, the gradient not finite in "
+                f"{', '.join(bad) or 'no parameter'}; nothing of this step was saved"
+            )
+        if step % self.config.train.log_every == 0:
+            now = time.monotonic()
+            tokens = self.config.train.batch_size * self.config.model.tokens * (step - self.last_step)
+            values["tokens_per_second"] = tokens / max(now - self.last_time, 1e-9)
+            self.last_step, self.last_time = step, now
+            self.writer.write(step, values)
+
+
+def train(config: Config, workdir: str | os.PathLike[str]) -> int:
+    """Trains from the newest good checkpoint in the workdir, or from scratch; returns the step it ended at.
+
+    Ends early, after saving, on SIGTERM. The same call goes on from there, bit for bit.
+
+    Raises:
+        ConfigError: the workdir does not fit, see `open_workdir`.
+        NonFiniteError: with the last good checkpoint untouched.
+    """
+    path = open_workdir(workdir, config)
+    mesh = make_mesh(config.mesh)
+    source = mnist.load("train", config.data.data_dir)
+    data = batches(
+        source,
+        batch_size=config.train.batch_size,
+        seed=config.train.seed,
+        process_index=jax.process_index(),
+        process_count=jax.process_count(),
+    )
+    with jax.set_mesh(mesh), Checkpoints(path / "checkpoints", keep=config.train.keep) as checkpoints:
+        program = make_program(config, mesh)
+        restored = checkpoints.restore(program.form, data)
+        state, first = restored or (program.start(), 0)
+        if restored:
+            logger.info("resuming %s at step %d", workdir, first)
+        with (
+            MetricsWriter(path, total_steps=config.train.steps, resume_step=first) as writer,
+            Interrupt() as interrupt,
+        ):
+            report = Report(writer, config, program.parameter_names, first, time.monotonic())
+            return run_steps(config, program, state, data, first, checkpoints, report, interrupt)
+
+
+@dataclass(frozen=True)
+class Run:
+    """A trained model: its config, static part, parameters and step."""
+
+    config: Config
+    graph: nnx.GraphDef
+    params: Any
+    step: int
+
+
+def load_run(workdir: str | os.PathLike[str]) -> Run:
+    """The newest good checkpoint of a workdir, its parameters on the default device.
+
+    Raises:
+        ConfigError: there is no run in the workdir.
+        CheckpointError: it has no good checkpoint; CheckpointMismatchError: the checkpoint is of another model.
+    """
+    path = Path(workdir)
+    try:
+        config = from_json((path / "config.json").read_text())
+    except OSError as error:
+        raise ConfigError(f"--workdir is {str(workdir)!r}, which holds no run: {error}") from error
+    form = jax.eval_shape(lambda: nnx.state(build(config.model, rngs=nnx.Rngs(0)), nnx.Param))
+    place = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    form = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), form)
+    loaded = load_newest(path / "checkpoints", {"params": form})
+    if loaded is None:
+        raise CheckpointError(f"{path / 'checkpoints'} holds no checkpoint")
+    state, step = loaded
+    return Run(config, graph_of(config.model), state["params"], step)
+
+
+def run_steps(
+    config: Config,
+    program: Program,
+    state: State,
+    data: Any,
+    first: int,
+    checkpoints: Checkpoints,
+    report: Report,
+    interrupt: Interrupt,
+) -> int:
+    """Steps first + 1 … config.train.steps. DO NOT CHANGE THE ORDER of report, save and the next batch."""
+    place = NamedSharding(program.mesh, BATCH)
+    pending = None  # (step, metrics) dispatched and not read yet
+    step = first
+    while step < config.train.steps and not interrupt.requested:
+        batch = jax.make_array_from_process_local_data(place, next(data))
+        state, metrics = program.step(state, batch)
+        step += 1
+        # the devices work on this step while the host reads and writes the one before
+        if pending:
+            report(*pending)
+        pending = (step, metrics)
+        if step % config.train.checkpoint_every == 0:
+            # a step is checked, and its metrics are on disk, before its checkpoint exists
+            report(*pending)
+            pending = None
+            checkpoints.save(step, state, data)
+    if pending:
+        report(*pending)
+    if step > first and checkpoints.latest != step:
+        checkpoints.save(step, state, data)
+    return step
