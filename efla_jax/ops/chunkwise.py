@@ -39,10 +39,18 @@ class Options(NamedTuple):
         """Batched product over all leading axes; contract names the summed axis of x and of y."""
         batch = tuple(range(x.ndim - 2))
         axes = ((x.ndim + contract[0],), (y.ndim + contract[1],))
-        x, y = x.astype(self.operand), y.astype(self.operand)
-        return jax.lax.dot_general(
-            x, y, (axes, (batch, batch)), precision=self.precision, preferred_element_type=self.acc
+        product = partial(
+            jax.lax.dot_general,
+            dimension_numbers=(axes, (batch, batch)),
+            precision=self.precision,
+            preferred_element_type=self.acc,
         )
+        x, y = x.astype(self.operand), y.astype(self.operand)
+        if self.operand != jnp.bfloat16:
+            return product(x, y)
+        # XLA lacks some bfloat16 products on CPU and fails at run time; those of float32 have the same result.
+        widened = lambda x, y: product(x.astype(self.acc), y.astype(self.acc))
+        return jax.lax.platform_dependent(x, y, cpu=widened, default=product)
 
     def dot_nt(self, x, y):
         """x yᵀ."""

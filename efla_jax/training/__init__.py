@@ -1,0 +1,1 @@
+"""Training: configuration, optimizer, sharding, the step, the loop, checkpoints, metrics."""

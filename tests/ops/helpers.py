@@ -1,0 +1,90 @@
+"""What the tests of the op share: inputs, one compiled call that gives every gradient, and the measure of error.
+
+The error model, in this one place. A tensor's error is its Frobenius distance from the float64 token loop on the same
+inputs, relative to that loop's norm. How much of it float32 makes unavoidable is what the float32 token loop itself
+makes; it must stay below LOOP roundings. Another implementation sums in another order and may make FACTOR times as
+much, or FACTOR times MINIMUM roundings where the loop is luckily almost exact. A wrong term costs thousands.
+"""
+
+import functools
+
+import jax
+import numpy as np
+
+from efla_jax import efla_attention
+
+EPS = float(np.finfo(np.float32).eps)
+FACTOR, MINIMUM, LOOP = 8, 2, 64
+
+
+def draw(
+    seed=0,
+    *,
+    batch=2,
+    length=65,
+    heads=4,
+    key_heads=2,
+    key_dim=5,
+    value_dim=7,
+    norm2=1.0,
+    decay=False,
+    dtype=np.float32,
+):
+    """Random inputs of `efla_attention` with ‖k‖² in [norm2/2, norm2], beta in [0, 1], log-decay in [-0.3, 0]."""
+    rng = np.random.default_rng(seed)
+    key = rng.normal(size=(batch, length, key_heads, key_dim))
+    key *= np.sqrt(norm2 * rng.uniform(0.5, 1, key.shape[:3]) / np.sum(key**2, -1))[..., None]
+    inputs = dict(
+        query=rng.normal(size=key.shape),
+        key=key,
+        value=rng.normal(size=(batch, length, heads, value_dim)),
+        beta=rng.uniform(size=(batch, length, heads)),
+        initial_state=rng.normal(size=(batch, heads, key_dim, value_dim)),
+    )
+    if decay:
+        inputs["log_decay"] = -0.3 * rng.uniform(size=(batch, length, heads))
+    return {name: x.astype(dtype) for name, x in inputs.items()}
+
+
+def cotangents(inputs, seed=1):
+    """Random cotangents of (output, state)."""
+    rng = np.random.default_rng(seed)
+    return tuple(rng.normal(size=inputs[name].shape).astype(np.float32) for name in ("value", "initial_state"))
+
+
+@functools.cache
+def _compiled(options):
+    def run(inputs, segment_ids, cotangents):
+        op = lambda inputs: efla_attention(**inputs, segment_ids=segment_ids, **dict(options))
+        results, pullback = jax.vjp(op, inputs)
+        cotangents = (c.astype(x.dtype) for c, x in zip(cotangents, results, strict=True))
+        (gradients,) = pullback(tuple(cotangents))
+        return dict(zip(("output", "state"), results, strict=True)) | {f"d_{k}": x for k, x in gradients.items()}
+
+    return jax.jit(run)
+
+
+def evaluate(inputs, dtype=None, *, segment_ids=None, cotangent=None, **options):
+    """Output, state and the gradient of every input by name, for random cotangents; inputs cast to dtype first."""
+    cotangent = cotangents(inputs) if cotangent is None else cotangent
+    if dtype is not None:
+        inputs = {name: np.asarray(x, dtype) for name, x in inputs.items()}
+    with jax.enable_x64(dtype == np.float64):
+        results = _compiled(tuple(sorted(options.items())))(inputs, segment_ids, cotangent)
+        return {name: np.asarray(x) for name, x in results.items()}
+
+
+def errors(got, want):
+    """Relative Frobenius error of each tensor; absolute where the true one is zero."""
+    norm = lambda x: float(np.linalg.norm(np.asarray(x, np.float64).ravel()))
+    return {name: norm(got[name].astype(np.float64) - x) / (norm(x) or 1.0) for name, x in want.items()}
+
+
+def assert_accurate(inputs, *, implementation="xla", chunk_size=None, **options):
+    """The float32 token loop, and `implementation` by its measure, agree with the float64 token loop."""
+    want = evaluate(inputs, np.float64, implementation="scan", **options)
+    loop = errors(evaluate(inputs, implementation="scan", **options), want)
+    assert {name: e / EPS for name, e in loop.items() if not e <= LOOP * EPS} == {}
+    got = errors(evaluate(inputs, implementation=implementation, chunk_size=chunk_size, **options), want)
+    too_far = {n: (e / EPS, loop[n] / EPS) for n, e in got.items() if not e <= FACTOR * max(loop[n], MINIMUM * EPS)}
+    assert too_far == {}, "roundings made, and made by the token loop"
