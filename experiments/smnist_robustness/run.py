@@ -7,7 +7,6 @@ rate, every arm from the same seeds, and measures accuracy under the three corru
 """
 
 import dataclasses
-import sys
 from pathlib import Path
 
 from absl import app, flags
@@ -35,8 +34,11 @@ def main(argv: list[str]) -> None:
         raise app.UsageError(f"unknown arguments {argv[1:]}")
     arms = [_arm(rule, float(rate), _STEPS.value) for rate in _RATES.value for rule in ("efla", "deltanet")]
     seeds = list(range(_SEEDS.value))
-    command = "python -m experiments.smnist_robustness.run " + " ".join(sys.argv[1:])
-    results = provenance(command.strip()) | {"seeds": _SEEDS.value, "arms": run_arms(arms, seeds, _DATA.value)}
+    options = f"--seeds={_SEEDS.value} --steps={_STEPS.value} --lr={','.join(_RATES.value)}"
+    results = provenance(f"python -m experiments.smnist_robustness.run {options}") | {
+        "seeds": _SEEDS.value,
+        "arms": run_arms(arms, seeds, _DATA.value),
+    }
     title = f"Sequential MNIST, one pixel a token, {_STEPS.value} steps of 128, {_SEEDS.value} seeds"
     for path in write(results, Path(_OUTPUT.value), title):
         print(path)

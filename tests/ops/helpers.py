@@ -84,7 +84,8 @@ def assert_accurate(inputs, *, implementation="xla", chunk_size=None, **options)
     """The float32 token loop, and `implementation` by its measure, agree with the float64 token loop."""
     want = evaluate(inputs, np.float64, implementation="scan", **options)
     loop = errors(evaluate(inputs, implementation="scan", **options), want)
-    assert {name: e / EPS for name, e in loop.items() if not e <= LOOP * EPS} == {}
+    astray = {name: e / EPS for name, e in loop.items() if not e <= LOOP * EPS}
+    assert not astray, f"roundings made by the token loop: {astray}"
     got = errors(evaluate(inputs, implementation=implementation, chunk_size=chunk_size, **options), want)
     too_far = {n: (e / EPS, loop[n] / EPS) for n, e in got.items() if not e <= FACTOR * max(loop[n], MINIMUM * EPS)}
-    assert too_far == {}, "roundings made, and made by the token loop"
+    assert not too_far, f"roundings made, and made by the token loop: {too_far}"

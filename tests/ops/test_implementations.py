@@ -25,8 +25,9 @@ def test_lengths(length):
     ("key_dim", "value_dim", "heads", "key_heads"), [(1, 1, 1, 1), (3, 1, 2, 2), (1, 6, 3, 1), (17, 33, 2, 2)]
 )
 def test_shapes(key_dim, value_dim, heads, key_heads):
+    """Slow keys: with K = 1 every other forgets all of the state, and the gradient of what it was is but rounding."""
     sizes = dict(key_dim=key_dim, value_dim=value_dim, heads=heads, key_heads=key_heads)
-    assert_accurate(draw(**sizes, length=40), scale=0.3)
+    assert_accurate(draw(**sizes, length=40, norm2=0.1), scale=0.3)
 
 
 @DECAYS
