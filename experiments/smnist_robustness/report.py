@@ -12,8 +12,6 @@ import numpy as np
 
 from efla_jax.evaluation.corruptions import LABELS, LEVELS
 
-_COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
-
 
 def table(arms: dict[str, Any], levels: dict[str, tuple[float, ...]] | None = None) -> str:
     """Markdown: accuracy in %, mean ± standard deviation over seeds, at each level (all of them by default)."""
@@ -38,7 +36,8 @@ def figure(arms: dict[str, Any], path: Path, title: str) -> None:
     """Accuracy against level, one panel per corruption: mean over seeds, and a band of one standard deviation."""
     fig, axes = plt.subplots(1, len(LEVELS), figsize=(12, 3.6), sharey=True, constrained_layout=True)
     for axis, (name, levels) in zip(axes, LEVELS.items(), strict=True):
-        for (arm, result), color in zip(arms.items(), _COLORS, strict=False):
+        for number, (arm, result) in enumerate(arms.items()):
+            color = f"C{number % 10}"
             accuracy = 100 * np.asarray(result["accuracy"][name])
             mean, spread = accuracy.mean(axis=1), accuracy.std(axis=1, ddof=min(1, accuracy.shape[1] - 1))
             axis.plot(levels, mean, marker="o", markersize=3, color=color, label=arm)

@@ -78,16 +78,18 @@ def run_arms(arms: list[Arm], seeds: list[int], data_dir: str | None = None) -> 
     return results
 
 
-def provenance(command: str) -> dict[str, str]:
+def provenance(command: str, commit: str | None = None) -> dict[str, str]:
     """What a reader needs to run it again."""
     device = jax.devices()[0]
-    commit = ["git", "describe", "--always", "--dirty", "--abbrev=12"]
-    described = subprocess.run(commit, capture_output=True, text=True, check=False, cwd=Path(__file__).parent)
+    if commit is None:
+        describe = ["git", "describe", "--always", "--dirty", "--abbrev=12"]
+        described = subprocess.run(describe, capture_output=True, text=True, check=False, cwd=Path(__file__).parent)
+        commit = described.stdout.strip() or "unknown"
     return {
         "command": command,
         "device": f"{device.device_kind} ({device.platform}), {os.cpu_count()} CPU cores, {_processor()}",
         "date": datetime.date.today().isoformat(),
-        "commit": described.stdout.strip() or os.environ.get("EFLA_COMMIT", "unknown"),
+        "commit": commit,
         "versions": f"Python {platform.python_version()}, jax {jax.__version__}",
     }
 
