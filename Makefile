@@ -1,4 +1,7 @@
 PYTHON := .venv/bin/python
+# A train step on CPU takes and returns 100 MiB: without huge pages a third of its time is page faults. Elsewhere than
+# on glibc this changes nothing.
+HUGE_PAGES := GLIBC_TUNABLES=glibc.malloc.hugetlb=1
 
 .DEFAULT_GOAL := help
 .PHONY: help setup demo test test-slow lint types format lock clean
@@ -10,7 +13,7 @@ setup:  ## create or renew .venv from requirements.lock
 	@bash .ci/setup.sh
 
 demo: setup  ## train EFLA and DeltaNet on real sequential MNIST, on CPU
-	$(PYTHON) -m experiments.smnist_robustness.demo
+	$(HUGE_PAGES) $(PYTHON) -m experiments.smnist_robustness.demo
 
 test: lint types  ## lint, types and every test that is not slow
 	$(PYTHON) -m pytest -n 2 -m "not slow"

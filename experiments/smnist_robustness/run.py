@@ -10,11 +10,12 @@ rate, every arm from the same seeds, and measures accuracy under the three corru
 import dataclasses
 from pathlib import Path
 
-from absl import app, flags
+from absl import app, flags, logging
 
 from efla_jax.training.config import load_config
+from experiments.provenance import provenance
 from experiments.smnist_robustness.report import write
-from experiments.smnist_robustness.study import Arm, provenance, run_arms
+from experiments.smnist_robustness.study import Arm, run_arms
 
 _SEEDS = flags.DEFINE_integer("seeds", 3, "number of seeds, 0 … N-1", lower_bound=1)
 _STEPS = flags.DEFINE_integer("steps", 469, "training steps; 469 is one epoch", lower_bound=1)
@@ -34,6 +35,7 @@ def _arm(rule: str, rate: float, steps: int) -> Arm:
 def main(argv: list[str]) -> None:
     if argv[1:]:
         raise app.UsageError(f"unknown arguments {argv[1:]}")
+    logging.set_verbosity(logging.WARNING)
     arms = [_arm(rule, float(rate), _STEPS.value) for rate in _RATES.value for rule in ("efla", "deltanet")]
     seeds = list(range(_SEEDS.value))
     options = f"--seeds={_SEEDS.value} --steps={_STEPS.value} --lr={','.join(_RATES.value)}"

@@ -1,0 +1,1 @@
+"""Runnable studies and benchmarks; each folder has a README with its command and result."""

@@ -1,0 +1,94 @@
+"""Times the parts of a train step: data, forward + backward, optimizer.
+
+python -m experiments.step_time.run [--config=configs/smnist.py] [--repeats=30] [--output=DIR] [--data_dir=DIR]
+                                    [--config.SECTION.FIELD=VALUE ...]
+
+The parts are timed in turn in every repeat, so that they see the same machine. The optimizer's time is what a whole
+step takes beyond the value and gradient of the loss, pair by pair.
+"""
+
+import json
+import sys
+import time
+from functools import partial
+from pathlib import Path
+
+import jax
+import numpy as np
+
+from efla_jax.data import mnist
+from efla_jax.data.pipeline import batches
+from efla_jax.training.config import load_config, override
+from efla_jax.training.step import (
+    classification_loss,
+    graph_of,
+    initial_state,
+    make_optimizer,
+    make_train_step,
+    schedule,
+)
+from experiments.provenance import provenance
+
+
+def _seconds(call) -> float:
+    begun = time.perf_counter()
+    jax.block_until_ready(call())
+    return time.perf_counter() - begun
+
+
+def measure(config, repeats: int, data_dir: str | None) -> dict[str, list[float]]:
+    """Milliseconds of each part in each repeat."""
+    graph = graph_of(config.model)
+    learning_rate = schedule(config.optimizer, config.train.steps)
+    optimizer = make_optimizer(config.optimizer, learning_rate)
+    loss_of = partial(classification_loss, graph)
+    forward = jax.jit(loss_of)
+    gradient = jax.jit(jax.value_and_grad(loss_of, has_aux=True))
+    step = jax.jit(make_train_step(graph, optimizer, learning_rate))
+    state = initial_state(config, jax.random.key(config.train.seed), optimizer)
+    source = mnist.load("train", data_dir)
+    data = batches(source, batch_size=config.train.batch_size, seed=config.train.seed)
+    times: dict[str, list[float]] = {"data": [], "forward": [], "forward + backward": [], "optimizer": [], "step": []}
+    for repeat in range(repeats + 2):
+        begun = time.perf_counter()
+        batch = jax.block_until_ready(jax.device_put(next(data)))
+        parts = {"data": time.perf_counter() - begun}
+        parts["forward"] = _seconds(lambda batch=batch: forward(state["params"], batch))
+        parts["forward + backward"] = _seconds(lambda batch=batch: gradient(state["params"], batch))
+        parts["step"] = _seconds(lambda batch=batch: step(state, batch))
+        parts["optimizer"] = parts["step"] - parts["forward + backward"]
+        if repeat >= 2:  # the first two compile and warm up
+            for name, seconds in parts.items():
+                times[name].append(1e3 * seconds)
+    return times
+
+
+def main(argv: list[str]) -> None:
+    options = {"config": "configs/smnist.py", "repeats": "30", "output": str(Path(__file__).parent), "data_dir": ""}
+    overrides = []
+    for argument in argv:
+        name, _, value = argument.removeprefix("--").partition("=")
+        if name in options:
+            options[name] = value
+        else:
+            overrides.append(argument)
+    config = override(load_config(options["config"]), overrides)
+    times = measure(config, int(options["repeats"]), options["data_dir"] or None)
+    shown = " ".join([f"--config={options['config']}", f"--repeats={options['repeats']}", *overrides])
+    facts = provenance(f"python -m experiments.step_time.run {shown}")
+    lines = ["| part | median, ms | 10 % … 90 % |", "|---|---|---|"]
+    for name, values in times.items():
+        low, median, high = np.percentile(values, [10, 50, 90])
+        lines.append(f"| {name} | {median:.1f} | {low:.1f} … {high:.1f} |")
+    table = "\n".join(lines)
+    folder = Path(options["output"])
+    folder.mkdir(parents=True, exist_ok=True)
+    stem = Path(options["config"].partition(":")[0]).stem
+    (folder / f"{stem}.json").write_text(json.dumps(facts | {"milliseconds": times}, indent=1) + "\n")
+    header = "\n".join(f"- {key}: {value}" for key, value in facts.items())
+    (folder / f"{stem}.md").write_text(f"# Time of a train step of {options['config']}\n\n{header}\n\n{table}\n")
+    print(table)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
