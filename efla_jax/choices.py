@@ -1,4 +1,4 @@
-"""One check for options that take one of a few names."""
+"""Checks of options: one of a few names, sizes."""
 
 import difflib
 from collections.abc import Iterable
@@ -15,3 +15,10 @@ def check_choice(what: str, value: object, choices: Iterable[str]) -> None:
     choices = tuple(choices)
     if not isinstance(value, str) or value not in choices:
         raise ValueError(f"{what} is {value!r}; it must be one of {', '.join(choices)}{nearest(value, choices)}")
+
+
+def check_sizes(config: object, *names: str) -> None:
+    """Raises ValueError unless these fields are at least 1."""
+    for name in names:
+        if getattr(config, name) < 1:
+            raise ValueError(f"{name} is {getattr(config, name)}; it must be at least 1")

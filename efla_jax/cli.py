@@ -72,8 +72,10 @@ def evaluate(arguments: Sequence[str]) -> None:
     options, rest = _options(arguments, names)
     _refuse(rest, names)
     (workdir,) = _require(options, "workdir")
-    run = load_run(workdir)
     split = options.get("split", "test")
+    if split not in ("train", "test"):
+        raise UsageError(f"--split is {split!r}; it must be train or test")
+    run = load_run(workdir)
     images, labels = mnist.arrays(split, options.get("data_dir", run.config.data.data_dir))
     result = measure(run.graph, run.params, images, labels)
     print(f"step {run.step}: {split} loss {result['loss']:.4f}, accuracy {result['accuracy']:.4f}")
@@ -92,7 +94,7 @@ def _configure() -> None:
 def main(argv: Sequence[str] | None = None) -> None:
     """Runs a command. What the user can put right ends in one line on stderr and exit status 2."""
     arguments = list(sys.argv[1:] if argv is None else argv)
-    if not arguments or arguments[0] in ("-h", "--help", "help"):
+    if not arguments or arguments[0] == "help" or {"-h", "--help"} & set(arguments):
         print(__doc__.strip())
         return
     _configure()

@@ -37,7 +37,7 @@ class ShortConvolution(nnx.Module):
         for lag in range(past + 1):
             window = slice(past - lag, past - lag + length)
             same = document[:, window] == document[:, past:]
-            y = y + jnp.where(same[..., None], padded[:, window], 0) * kernel[lag]
+            y = y + jnp.where(same[..., None], padded[:, window], 0) * kernel[lag][None, None]
         # what a later call may reach: inputs of the last document alone
         reachable = document[:, length:] == document[:, -1:]
         return y, jnp.where(reachable[..., None], padded[:, length:], 0)

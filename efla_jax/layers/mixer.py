@@ -9,7 +9,7 @@ from flax import nnx
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int
 
-from efla_jax.choices import check_choice
+from efla_jax.choices import check_choice, check_sizes
 from efla_jax.layers.convolution import ShortConvolution
 from efla_jax.ops.attention import efla_attention
 from efla_jax.ops.coefficients import INTEGRATORS, Integrator
@@ -42,9 +42,7 @@ class MixerConfig:
     def __post_init__(self):
         check_choice("integrator", self.integrator, INTEGRATORS)
         check_choice("beta", self.beta, get_args(Beta))
-        for name in ("heads", "key_dim", "value_dim"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
+        check_sizes(self, "heads", "key_dim", "value_dim")
         if self.conv_width < 0:
             raise ValueError(f"conv_width is {self.conv_width}; it must be 0 (none) or more")
         if self.key_heads < 0 or self.heads % (self.key_heads or self.heads):
@@ -118,7 +116,9 @@ class EFLA(nnx.Module):
         if config.activation:
             projected = [jax.nn.silu(x) for x in projected]
         dims = (config.key_dim, config.key_dim, config.value_dim)
-        query, key, value = (x.reshape(*x.shape[:2], -1, dim) for x, dim in zip(projected, dims, strict=True))
+        query, key, value = (
+            x.reshape(*x.shape[:2], x.shape[2] // dim, dim) for x, dim in zip(projected, dims, strict=True)
+        )
         if config.normalize_keys:
             key = unit_keys(key)
         return query, key, value, step_size(self.beta(x_BTE), config.beta), new_history
@@ -145,7 +145,7 @@ class EFLA(nnx.Module):
         )
         if self.config.output_norm:
             mixed_BTHV = self.norm(mixed_BTHV)
-        y = mixed_BTHV.reshape(*x_BTE.shape[:2], -1)
+        y = mixed_BTHV.reshape(*x_BTE.shape[:2], self.config.heads * self.config.value_dim)
         if self.config.output_gate:
             y = y * jax.nn.silu(self.gate(x_BTE))
         return self.out(y), Cache(state, history)

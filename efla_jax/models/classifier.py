@@ -8,14 +8,20 @@ from flax import nnx
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, UInt8
 
+from efla_jax.choices import check_sizes
 from efla_jax.layers import EFLA, MixerConfig, SwiGLU
+
+
+def check_tokens(pixels: int, pixels_per_token: int) -> None:
+    """Raises ValueError unless the pixels make whole tokens."""
+    if pixels % pixels_per_token:
+        raise ValueError(f"pixels_per_token is {pixels_per_token}; it must divide the {pixels} pixels")
 
 
 def pixel_tokens(images: jax.Array, pixels_per_token: int) -> jax.Array:
     """[B, …] intensities -> [B, T, pixels_per_token] in scan order. uint8 is taken as 0 … 255 for 0 … 1."""
     pixels = images.reshape(images.shape[0], -1)
-    if pixels.shape[1] % pixels_per_token:
-        raise ValueError(f"pixels_per_token is {pixels_per_token}; it must divide the {pixels.shape[1]} pixels")
+    check_tokens(pixels.shape[1], pixels_per_token)
     if pixels.dtype == jnp.uint8:
         pixels = pixels.astype(jnp.float32) / 255
     return pixels.reshape(images.shape[0], -1, pixels_per_token)
@@ -33,6 +39,12 @@ class ClassifierConfig:
     hidden: int = 192
     dropout: float = 0.0
     mixer: MixerConfig = field(default_factory=MixerConfig)
+
+    def __post_init__(self):
+        check_sizes(self, "pixels", "pixels_per_token", "classes", "features", "layers", "hidden")
+        check_tokens(self.pixels, self.pixels_per_token)
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"dropout is {self.dropout}; it must be in [0, 1)")
 
     @property
     def tokens(self) -> int:

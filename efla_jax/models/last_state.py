@@ -9,9 +9,9 @@ from flax import nnx
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, UInt8
 
-from efla_jax.choices import check_choice
+from efla_jax.choices import check_choice, check_sizes
 from efla_jax.layers.mixer import Beta, step_size, unit_keys
-from efla_jax.models.classifier import pixel_tokens
+from efla_jax.models.classifier import check_tokens, pixel_tokens
 from efla_jax.ops.attention import efla_attention
 from efla_jax.ops.coefficients import INTEGRATORS, Integrator
 
@@ -32,6 +32,8 @@ class LastStateConfig:
     def __post_init__(self):
         check_choice("integrator", self.integrator, INTEGRATORS)
         check_choice("beta", self.beta, get_args(Beta))
+        check_sizes(self, "pixels", "pixels_per_token", "classes", "features")
+        check_tokens(self.pixels, self.pixels_per_token)
 
     @property
     def tokens(self) -> int:

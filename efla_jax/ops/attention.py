@@ -12,7 +12,7 @@ from jaxtyping import Array, Float, Int
 from efla_jax.ops.coefficients import Integrator, accumulator_dtype, erase_and_write
 from efla_jax.ops.registry import Call, choose
 from efla_jax.ops.scan import delta_rule_step
-from efla_jax.ops.sharding import mesh_axes, per_shard, shards
+from efla_jax.ops.sharding import mesh_axes, per_shard, shards, share_manual_axes
 
 ImplementationName = Literal["pallas_gpu", "triton", "pallas_tpu", "xla", "scan"]
 Precision = jax.lax.Precision | str | None
@@ -108,6 +108,7 @@ def delta_rule_attention(
     """
     _check_sequence(query, key, value, dict(erase=erase, write=write), log_decay, initial_state, segment_ids)
     precision = _check_options(scale, chunk_size, precision)
+    query, key, value = (jnp.asarray(x) for x in (query, key, value))  # of NumPy's float64, float32 unless x64 is on
     batch, length, key_heads, key_dim = key.shape
     heads, value_dim = value.shape[2:]
     axes = mesh_axes(partition_spec, key, value)
@@ -122,20 +123,11 @@ def delta_rule_attention(
     dtype = accumulator_dtype(query, key, value)
     if initial_state is None:
         initial_state = jnp.zeros((batch, heads, key_dim, value_dim), dtype)
+    initial_state = initial_state.astype(dtype)
     if length == 0 or batch == 0:
-        return jnp.zeros_like(value), initial_state.astype(dtype)
-    return per_shard(
-        run,
-        axes,
-        query,
-        key,
-        value,
-        erase,
-        write,
-        log_decay,
-        initial_state.astype(dtype),
-        segment_ids,
-    )
+        return jnp.zeros_like(value), initial_state
+    inputs = share_manual_axes(query, key, value, erase, write, log_decay, initial_state, segment_ids)
+    return per_shard(run, axes, *inputs)
 
 
 def efla_attention(
@@ -226,6 +218,7 @@ def efla_step(
             _check_shape(name, arrays[name], (batch, heads), ("B", "H"))
     _check_shape("state", state, (batch, heads, key_dim, value_dim), ("B", "H", "K", "V"))
     precision = _check_options(scale, None, precision) or jax.lax.Precision.HIGHEST
+    query, key, value = (jnp.asarray(x) for x in (query, key, value))
     erase, write = erase_and_write(key, beta, log_decay, integrator)
     dtype = accumulator_dtype(query, key, value)
     grouped = lambda x: x.astype(dtype).reshape(batch, key_heads, heads // key_heads, *x.shape[2:])

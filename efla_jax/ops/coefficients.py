@@ -5,6 +5,7 @@ log-decay g = -γ). Every integrator turns it into S_t = e^g (I - erase k kᵀ) 
 downstream (scan, chunkwise form, kernels) sees the two numbers per token and nothing else.
 """
 
+import functools
 from typing import Literal, get_args
 
 import jax
@@ -33,7 +34,8 @@ def _phi1_slope(x: Array) -> Array:
     """φ₁'(x) = (e^{-x} - φ₁(x))/x, by its series near 0."""
     far = jnp.where(x < _SERIES_BORDER, 1.0, x)
     near = jnp.where(x < _SERIES_BORDER, x, 0.0)
-    series = jnp.polyval(jnp.asarray(_SERIES[::-1], x.dtype), near)
+    # by hand: jnp.polyval is a loop that refuses arrays split on Explicit axes
+    series = functools.reduce(lambda tail, term: tail * near + term, reversed(_SERIES))
     return jnp.where(x < _SERIES_BORDER, series, (jnp.exp(-far) - _phi1(far)) / far)
 
 
@@ -58,8 +60,9 @@ def _exact_gain_jvp(primals, tangents):
 
 
 def accumulator_dtype(*arrays: Array) -> jnp.dtype:
-    """float64 when any of the arrays is, else float32: the type of λ, coefficients, state and sums."""
-    return jnp.dtype(jnp.float64 if any(x.dtype == jnp.float64 for x in arrays) else jnp.float32)
+    """float64 when any of the arrays is (and JAX has it on), else float32: the type of λ, coefficients, state, sums."""
+    wide = any(x.dtype == jnp.float64 for x in arrays)
+    return jax.dtypes.canonicalize_dtype(jnp.float64 if wide else jnp.float32)
 
 
 def erase_and_write(
@@ -82,7 +85,8 @@ def erase_and_write(
         return beta, beta
     lam = jnp.sum(key * key, axis=-1)
     groups = beta.shape[-1] // max(lam.shape[-1], 1)
-    lam = jnp.repeat(lam, groups, axis=-1) if groups > 1 else lam
+    if groups > 1:  # not jnp.repeat, which refuses heads that an Explicit mesh splits
+        lam = jnp.broadcast_to(lam[..., None], (*lam.shape, groups)).reshape(beta.shape)
     zero = jnp.zeros_like(beta)
     if integrator == "exact" and log_decay is not None:
         return exact_gain(beta, lam, zero), exact_gain(beta, lam, -log_decay.astype(dtype))

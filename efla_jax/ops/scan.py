@@ -9,7 +9,7 @@ from efla_jax.ops.coefficients import accumulator_dtype
 def segment_starts(segment_ids):
     """[B, T] ids -> [B, T] bool: True where a new document begins. Token 0 continues the initial state."""
     changed = segment_ids[:, 1:] != segment_ids[:, :-1]
-    return jnp.pad(changed, ((0, 0), (1, 0)))
+    return jnp.pad(changed, ((0, 0), (1, 0)))[:, : segment_ids.shape[1]]  # of no token, none
 
 
 def delta_rule_step(state, query, key, value, erase, write, decay=None, start=None, *, scale, precision):

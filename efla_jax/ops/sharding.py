@@ -64,6 +64,19 @@ def shards(axes: Axes) -> tuple[int, int]:
     return batch, heads
 
 
+def share_manual_axes(*arrays):
+    """Inside a caller's shard_map: arrays (or None) cast to vary over every axis that any of them varies over.
+
+    A loop's carry keeps its type: a state that is the same on all devices could not take up what differs.
+    """
+    varying = [frozenset() if x is None else jax.typeof(x).manual_axis_type.varying for x in arrays]
+    every = frozenset().union(*varying)
+    return tuple(
+        x if x is None else jax.lax.pcast(x, tuple(sorted(every - own)), to="varying")
+        for x, own in zip(arrays, varying, strict=True)
+    )
+
+
 def per_shard(run: Callable, axes: Axes, *inputs):
     """run(*inputs) on every device's share; inputs are those of an implementation, in order, None where absent."""
     if not axes.batch + axes.heads:

@@ -26,7 +26,7 @@ class ConfigError(ValueError):
 
 def _require(section: str, config: Any, **least: float) -> None:
     for name, bound in least.items():
-        if getattr(config, name) < bound:
+        if not getattr(config, name) >= bound:  # NaN is not either
             raise ConfigError(f"{section}.{name} is {getattr(config, name)}; it must be at least {bound}")
 
 
@@ -57,6 +57,9 @@ class OptimizerConfig:
     def __post_init__(self):
         check_choice("config.optimizer.schedule", self.schedule, get_args(Schedule))
         _require("config.optimizer", self, peak_lr=0, warmup_steps=0, end_lr=0, weight_decay=0, clip_norm=0)
+        for name in ("beta1", "beta2"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ConfigError(f"config.optimizer.{name} is {getattr(self, name)}; it must be in [0, 1)")
 
 
 @dataclass(frozen=True)
@@ -98,7 +101,7 @@ class Config:
 
 
 def find_config(name: str) -> Path:
-    """A config file: as given, or among those that ship with the package (configs/NAME.py, with or without folder).
+    """A config file: as given, or among those that ship with the package (configs/NAME.py, or just NAME).
 
     Raises:
         ConfigError: there is none; the message lists those that ship.
@@ -110,7 +113,7 @@ def find_config(name: str) -> Path:
     shipped = next((folder for folder in (package / "configs", package.parent / "configs") if folder.is_dir()), None)
     files = sorted(shipped.glob("*.py")) if shipped else []
     for file in files:
-        if Path(name).name in (file.name, file.stem):
+        if Path(name) in (Path(file.name), Path(file.stem), Path("configs", file.name), Path("configs", file.stem)):
             return file
     names = [f"configs/{file.name}" for file in files]
     raise ConfigError(
@@ -129,7 +132,10 @@ def load_config(spec: str) -> Config:
     module_spec.loader.exec_module(module)
     if not hasattr(module, "get_config"):
         raise ConfigError(f"{path} has no get_config(); a config file must define it")
-    config = module.get_config(argument) if argument else module.get_config()
+    try:
+        config = module.get_config(argument) if argument else module.get_config()
+    except ValueError as error:  # of the argument, or of what the file fills in
+        raise ConfigError(f"{path}: {error}") from error
     if not isinstance(config, Config):
         raise ConfigError(f"{path}: get_config() gave {type(config).__name__}; it must give a Config")
     return config
@@ -174,10 +180,10 @@ def override(config: Config, arguments: Sequence[str]) -> Config:
     """
     known = field_names(config)
     for argument in arguments:
-        name = argument.lstrip("-").partition("=")[0]
-        if not name.startswith("config."):
+        option = argument.partition("=")[0]
+        if not option.startswith("--config."):
             raise ConfigError(f"{argument!r} is no option of this command")
-        name = name.removeprefix("config.")
+        name = option.removeprefix("--config.")
         if name not in known:
             raise ConfigError(f"config has no field {name!r}{nearest(name, known)}")
     values = _mutable(config)
@@ -211,7 +217,8 @@ def from_json(text: str) -> Config:
     """Inverse of `to_json`.
 
     Raises:
-        ConfigError: the text is no such JSON, or a field is missing, unknown or out of range.
+        ConfigError: the text is no such JSON, a section is missing, or a field is unknown or out of range. A field
+            that is left out takes its default.
     """
     try:
         sections = json.loads(text)

@@ -100,7 +100,8 @@ def open_workdir(workdir: str | os.PathLike[str], config: Config) -> Path:
     """Makes the workdir for this config, or checks that it holds a run of it.
 
     Raises:
-        ConfigError: it cannot be written, or holds a run of another config; the differing fields are named.
+        ConfigError: it cannot be written, its config.json is damaged, or it holds a run of another config; the
+            differing fields are named.
     """
     path = Path(workdir)
     file = path / "config.json"
@@ -114,13 +115,24 @@ def open_workdir(workdir: str | os.PathLike[str], config: Config) -> Path:
         raise ConfigError(f"--workdir is {str(workdir)!r}, which cannot be written: {error}") from error
     # a constant learning rate does not know where the run ends, so the run may be made longer
     free = (*_FREE_FIELDS, "train.steps") if config.optimizer.schedule == "constant" else _FREE_FIELDS
-    found = differences(config, from_json(file.read_text()), free)
+    found = differences(config, _config_of(workdir), free)
     if found:
         raise ConfigError(
             f"--workdir is {str(workdir)!r}, which holds a run of another config: {'; '.join(found)}. "
             "Use another workdir, or the config of the run"
         )
     return path
+
+
+def _config_of(workdir: str | os.PathLike[str]) -> Config:
+    """The config of the run that a workdir holds. Raises ConfigError."""
+    file = Path(workdir) / "config.json"
+    try:
+        return from_json(file.read_text())
+    except OSError as error:
+        raise ConfigError(f"--workdir is {str(workdir)!r}, which holds no run: {error}") from error
+    except ValueError as error:  # from_json's own, or bytes that are no text
+        raise ConfigError(f"{file} is damaged: {error}. Put the run's config back, or use another workdir") from error
 
 
 @dataclass
@@ -157,11 +169,17 @@ def train(config: Config, workdir: str | os.PathLike[str]) -> int:
     Ends early, after saving, on SIGTERM. The same call goes on from there, bit for bit.
 
     Raises:
-        ConfigError: the workdir does not fit, see `open_workdir`.
+        ConfigError: the workdir does not fit, see `open_workdir`, or the mesh the devices and the batch.
         NonFiniteError: with the last good checkpoint untouched.
     """
-    path = open_workdir(workdir, config)
     mesh = make_mesh(config.mesh)
+    shards = mesh.shape["data"] * mesh.shape["fsdp"]
+    if config.train.batch_size % shards:
+        raise ConfigError(
+            f"config.train.batch_size is {config.train.batch_size}; it must be a multiple of {shards}, "
+            "the devices along the mesh's data and fsdp"
+        )
+    path = open_workdir(workdir, config)
     source = mnist.load("train", config.data.data_dir)
     data = batches(
         source,
@@ -170,16 +188,17 @@ def train(config: Config, workdir: str | os.PathLike[str]) -> int:
         process_index=jax.process_index(),
         process_count=jax.process_count(),
     )
-    with jax.set_mesh(mesh), Checkpoints(path / "checkpoints", keep=config.train.keep) as checkpoints:
+    with (
+        jax.set_mesh(mesh),
+        Interrupt() as interrupt,  # the outer one: a second SIGTERM must not cut off the last save
+        Checkpoints(path / "checkpoints", keep=config.train.keep) as checkpoints,
+    ):
         program = make_program(config, mesh)
         restored = checkpoints.restore(program.form, data)
         state, first = restored or (program.start(), 0)
         if restored:
             logger.info("resuming %s at step %d", workdir, first)
-        with (
-            MetricsWriter(path, total_steps=config.train.steps, resume_step=first) as writer,
-            Interrupt() as interrupt,
-        ):
+        with MetricsWriter(path, total_steps=config.train.steps, resume_step=first) as writer:
             report = Report(writer, config, program.parameter_names, first, time.monotonic())
             return run_steps(config, program, state, data, first, checkpoints, report, interrupt)
 
@@ -198,14 +217,11 @@ def load_run(workdir: str | os.PathLike[str]) -> Run:
     """The newest good checkpoint of a workdir, its parameters on the default device.
 
     Raises:
-        ConfigError: there is no run in the workdir.
+        ConfigError: there is no run in the workdir, or its config.json is damaged.
         CheckpointError: it has no good checkpoint; CheckpointMismatchError: the checkpoint is of another model.
     """
     path = Path(workdir)
-    try:
-        config = from_json((path / "config.json").read_text())
-    except OSError as error:
-        raise ConfigError(f"--workdir is {str(workdir)!r}, which holds no run: {error}") from error
+    config = _config_of(workdir)
     form = jax.eval_shape(lambda: nnx.state(build(config.model, rngs=nnx.Rngs(0)), nnx.Param))
     place = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     form = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), form)

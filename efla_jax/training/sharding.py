@@ -17,7 +17,7 @@ TOKENS = P(("data", "fsdp"), None, "tensor")  # [B, T, H, D] inside a mixer
 # The first rule that finds its pattern in a leaf's name applies, to parameters and optimizer moments alike; what
 # matches none is replicated. Projections into heads split their heads over tensor, and fsdp the other side.
 _RULES = (
-    (r"\b(query|key|value|gate|up)/kernel", P("fsdp", "tensor")),
+    (r"\b(query|key|value|beta|gate|up)/kernel", P("fsdp", "tensor")),
     (r"\b(out|down)/kernel", P("tensor", "fsdp")),
     (r"\bembed/kernel", P(None, "fsdp")),
     (r"\bhead/kernel", P("fsdp", None)),

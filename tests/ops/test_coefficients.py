@@ -2,6 +2,7 @@
 
 import decimal
 from decimal import Decimal
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -90,21 +91,23 @@ def series(integrator, beta, x):
 def test_integrators(integrator, decay):
     rng = np.random.default_rng(0)
     key, beta = rng.normal(size=(2, 5, 2, 3)), rng.uniform(0.1, 1, size=(2, 5, 4))
-    log_decay = -rng.uniform(0.1, 1, size=beta.shape) if decay else None
+    log_decay = -rng.uniform(0.1, 1, size=beta.shape)
     x = beta * np.repeat(np.sum(key**2, -1), 2, -1)
     want = series("split" if integrator == "exact" else integrator, beta, x)
     want_write = want
     if integrator == "exact" and decay:
         want_write = beta * -np.expm1(log_decay - x) / (x - log_decay)
     with jax.enable_x64(True):
-        erase, write = erase_and_write(*map(jnp.asarray, (key, beta)), log_decay, integrator)
+        log_decay = jnp.asarray(log_decay) if decay else None
+        erase, write = erase_and_write(jnp.asarray(key), jnp.asarray(beta), log_decay, integrator)
     np.testing.assert_allclose(erase, want, rtol=1e-13)
     np.testing.assert_allclose(write, want_write, rtol=1e-13)
 
 
 def test_unknown_integrator():
+    unknown: Any = "exat"
     with pytest.raises(ValueError, match="integrator is 'exat'; it must be one of exact, split"):
-        erase_and_write(jnp.ones((1, 1, 1, 2)), jnp.ones((1, 1, 1)), None, "exat")
+        erase_and_write(jnp.ones((1, 1, 1, 2)), jnp.ones((1, 1, 1)), None, unknown)
 
 
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16, jnp.float32])

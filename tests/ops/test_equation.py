@@ -1,6 +1,7 @@
 """The token loop against the differential equation itself, by `scipy.linalg.expm` of the augmented generator."""
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import scipy.linalg
@@ -110,7 +111,7 @@ def test_never_expands(norm2):
     key = rng.normal(size=(50, 1, 6))
     key = (key * np.sqrt(norm2 / np.sum(key**2, -1, keepdims=True))).astype(np.float32)
     for beta in (0.0, 0.5, 1e4):
-        erase, _ = erase_and_write(key, np.full((50, 1), beta, np.float32))
+        erase, _ = erase_and_write(jnp.asarray(key), jnp.full((50, 1), beta, jnp.float32))
         outer = (
             np.asarray(erase, np.float64)[..., None, None] * key[..., :, None] * key[..., None, :].astype(np.float64)
         )

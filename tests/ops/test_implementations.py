@@ -173,10 +173,9 @@ def test_any_coefficients():
 def test_both_calls_are_one_function():
     inputs = draw(decay=True)
     arguments = {name: x for name, x in inputs.items() if name != "beta"}
-    coefficients = erase_and_write(*(jnp.asarray(inputs[name]) for name in ("key", "beta", "log_decay")))
+    erase, write = erase_and_write(inputs["key"], inputs["beta"], inputs["log_decay"])
     for implementation in ("scan", "xla"):
         got = efla_attention(**inputs, implementation=implementation)
-        erase, write = coefficients
         want = delta_rule_attention(**arguments, erase=erase, write=write, implementation=implementation)
         jax.tree.map(np.testing.assert_array_equal, got, want)
 
@@ -192,6 +191,16 @@ def test_types(implementation, dtype):
     assert got["state"].dtype == np.float32
     for name, x in inputs.items():
         assert (got[f"d_{name}"].dtype, got[f"d_{name}"].shape) == (x.dtype, x.shape)
+
+
+@IMPLEMENTATIONS
+def test_numpy_float64(implementation):
+    """NumPy's float64 is float32 unless x64 is on, without a warning, as everywhere in JAX."""
+    inputs = draw(length=4, decay=True)
+    got = efla_attention(**{name: x.astype(np.float64) for name, x in inputs.items()}, implementation=implementation)
+    want = efla_attention(**inputs, implementation=implementation)
+    assert all(x.dtype == np.float32 for x in got)
+    jax.tree.map(np.testing.assert_array_equal, got, want)
 
 
 @IMPLEMENTATIONS
