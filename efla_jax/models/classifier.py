@@ -50,6 +50,10 @@ class ClassifierConfig:
     def tokens(self) -> int:
         return self.pixels // self.pixels_per_token
 
+    @property
+    def key_heads(self) -> int:
+        return self.mixer.key_heads or self.mixer.heads
+
 
 class Block(nnx.Module):
     """x + mixer(norm x), then x + mlp(norm x)."""

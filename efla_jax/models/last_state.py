@@ -39,6 +39,10 @@ class LastStateConfig:
     def tokens(self) -> int:
         return self.pixels // self.pixels_per_token
 
+    @property
+    def key_heads(self) -> int:
+        return 1
+
 
 class LastStateClassifier(nnx.Module):
     """GELU(embed + position) -> q, k, v, β -> o = S_Tᵀ q_T -> LayerNorm -> logits. No MLP, no residual."""

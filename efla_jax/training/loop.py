@@ -163,6 +163,21 @@ class Report:
             self.writer.write(step, values)
 
 
+def check_fit(config: Config, mesh: Mesh) -> None:
+    """Raises ConfigError unless the mesh divides the batch and the heads."""
+    shards = mesh.shape["data"] * mesh.shape["fsdp"]
+    if config.train.batch_size % shards:
+        raise ConfigError(
+            f"config.train.batch_size is {config.train.batch_size}; it must be a multiple of {shards}, "
+            "the devices along the mesh's data and fsdp"
+        )
+    if config.model.key_heads % mesh.shape["tensor"]:
+        raise ConfigError(
+            f"config.mesh.tensor is {mesh.shape['tensor']}; it must divide the model's key heads, "
+            f"{config.model.key_heads}"
+        )
+
+
 def train(config: Config, workdir: str | os.PathLike[str]) -> int:
     """Trains from the newest good checkpoint in the workdir, or from scratch; returns the step it ended at.
 
@@ -173,12 +188,7 @@ def train(config: Config, workdir: str | os.PathLike[str]) -> int:
         NonFiniteError: with the last good checkpoint untouched.
     """
     mesh = make_mesh(config.mesh)
-    shards = mesh.shape["data"] * mesh.shape["fsdp"]
-    if config.train.batch_size % shards:
-        raise ConfigError(
-            f"config.train.batch_size is {config.train.batch_size}; it must be a multiple of {shards}, "
-            "the devices along the mesh's data and fsdp"
-        )
+    check_fit(config, mesh)
     path = open_workdir(workdir, config)
     source = mnist.load("train", config.data.data_dir)
     data = batches(

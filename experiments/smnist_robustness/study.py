@@ -66,8 +66,6 @@ def run_arms(arms: list[Arm], seeds: list[int], data_dir: str | None = None) -> 
             "evaluation_seconds": round(time.monotonic() - trained, 1),
         }
         clean = np.asarray(accuracy["intensity"][0])
-        print(
-            f"{arm.name}: clean accuracy {clean.mean():.4f} ± {clean.std():.4f}, trained in {trained - begun:.0f} s",
-            flush=True,
-        )
+        spread = f" ± {100 * clean.std(ddof=1):.2f}" if len(seeds) > 1 else ""
+        print(f"{arm.name}: clean accuracy {100 * clean.mean():.2f}{spread} %, trained in {trained - begun:.0f} s")
     return results

@@ -12,6 +12,7 @@ from efla_jax.data import mnist
 from efla_jax.evaluation.corruptions import LEVELS
 from efla_jax.models import LastStateConfig
 from efla_jax.training.config import Config, OptimizerConfig, TrainConfig
+from experiments.smnist_robustness import study
 from experiments.smnist_robustness.report import figure, table, write
 from experiments.smnist_robustness.study import Arm, run_arms, train_seeds
 
@@ -29,8 +30,11 @@ def digits(count=20, size=4):
 # ---- training ----
 
 
-def test_a_seed_trained_beside_others_is_a_seed_trained_alone():
+def test_a_seed_trained_beside_others_is_a_seed_trained_alone(monkeypatch):
+    orders, original = [], study.batches
+    monkeypatch.setattr(study, "batches", lambda *args, **options: orders.append(options) or original(*args, **options))
     params, losses = train_seeds(ARM, [0, 1, 5], *digits())
+    assert orders == [dict(batch_size=6, seed=seed) for seed in (0, 1, 5)]  # a data order of its own
     alone, alone_losses = train_seeds(ARM, [5], *digits())
     assert losses.shape == (4, 3)
     np.testing.assert_allclose(losses[:, 2:], alone_losses, rtol=1e-5)
@@ -54,7 +58,7 @@ def test_a_study_of_two_arms(monkeypatch, capsys):
     _, losses = train_seeds(ARM, [0, 1], *train)
     np.testing.assert_allclose(results["EFLA"]["final_training_loss"], losses.mean(axis=0), rtol=1e-5)
     clean = np.mean(results["EFLA"]["accuracy"]["intensity"][0])
-    assert f"EFLA: clean accuracy {clean:.4f}" in capsys.readouterr().out
+    assert f"EFLA: clean accuracy {100 * clean:.2f}" in capsys.readouterr().out
     json.dumps(results)
 
 

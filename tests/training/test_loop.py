@@ -208,6 +208,7 @@ def test_a_learning_rate_that_explodes_ends_the_command_in_one_line(tmp_path, ca
     [
         (small_config(batch_size=12), r"train\.batch_size is 12; it must be a multiple of 8"),
         (small_config(batch_size=6, mesh=MeshConfig(2, 2, 2)), r"train\.batch_size is 6; it must be a multiple of 4"),
+        (small_config(mesh=MeshConfig(1, 1, 8)), r"mesh\.tensor is 8; it must divide the model's key heads, 2"),
         (small_config(mesh=MeshConfig(3, 1, 1)), r"mesh is \[3, 1, 1\] .* must multiply to the 8 devices"),
     ],
 )

@@ -111,27 +111,6 @@ def test_killed_at_random_moments_it_ends_as_if_nothing_had_happened(devices, tm
     assert not list(checkpoints.glob("saving-*"))
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("devices", [1, 8])
-def test_killed_at_any_time_since_its_start(devices, tmp_path):
-    """While it imports, compiles, restores, steps or saves."""
-    moments, workdir, options = random.Random(), tmp_path / "killed", ("--config.train.steps=200",)
-    begin = time.monotonic()
-    finish(start(tmp_path / "uninterrupted", *options, devices=devices))
-    longest = time.monotonic() - begin
-    for _ in range(8):
-        child = start(workdir, *options, devices=devices)
-        try:
-            child.wait(moments.uniform(0, longest))
-        except subprocess.TimeoutExpired:
-            kill(child)
-        else:
-            finish(child)
-    finish(start(workdir, *options, devices=devices))
-    assert metric(workdir, "step") == list(range(1, 201))
-    assert_same_run(workdir, tmp_path / "uninterrupted", small_config(steps=200))
-
-
 # told to end
 
 
