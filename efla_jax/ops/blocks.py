@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 # Tokens per chunk, and token-heads (B·H·T) per block, by default backend. A CPU wants a block's arrays to stay in its
 # caches, an accelerator wants all its cores busy. The CPU's were measured by experiments/op_speed.
-_CPU_CHUNK, _CPU_BLOCK = 32, 2048
+_CPU_CHUNK, _CPU_BLOCK = 32, 4096
 _ACCELERATOR_CHUNK, _ACCELERATOR_BLOCK = 64, 1 << 19
 
 
