@@ -2,8 +2,8 @@
 
 Command:  efla train --config=configs/smnist.py --workdir=runs/smnist
           efla train --config=configs/smnist.py:deltanet --workdir=runs/smnist_deltanet
-Result:   98.6 % test accuracy for either rule (98.62 efla, 98.59 deltanet, one seed), 2 minutes on 2 CPU cores (AMD EPYC, shared,
-          2026-11-23, with GLIBC_TUNABLES=glibc.malloc.hugetlb=1)
+Result:   98.6 % test accuracy for either rule (98.62 efla, 98.59 deltanet, one seed), 2 minutes on 2 CPU
+          cores (AMD EPYC, shared, 2026-11-23, with GLIBC_TUNABLES=glibc.malloc.hugetlb=1)
 """
 
 from efla_jax.layers import MixerConfig

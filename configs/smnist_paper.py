@@ -3,8 +3,8 @@
 Command:  efla train --config=configs/smnist_paper.py --workdir=runs/smnist_paper
           efla train --config=configs/smnist_paper.py:deltanet --workdir=runs/smnist_paper_deltanet
 Figure 1 itself, several seeds at once: experiments/smnist_robustness.
-Result:   91.3 ± 0.8 % test accuracy (efla), 92.1 ± 0.6 % (deltanet), 16 seeds; half a minute on one NVIDIA H200 for all 16
-          (2026-11-23, commit b9c4bb0f1333; experiments/smnist_robustness)
+Result:   91.3 ± 0.8 % test accuracy (efla), 92.1 ± 0.6 % (deltanet), 16 seeds; half a minute on one NVIDIA H200
+          for all 16 (2026-11-23, commit b9c4bb0f1333; experiments/smnist_robustness)
 """
 
 from efla_jax.models import LastStateConfig
