@@ -1,5 +1,5 @@
 PYTHON := .venv/bin/python
-# A train step on CPU takes and returns 100 MiB: without huge pages a third of its time is page faults. Elsewhere than
+# A train step on CPU takes and returns 100 MiB: without huge pages much of its time is page faults. Elsewhere than
 # on glibc this changes nothing.
 HUGE_PAGES := GLIBC_TUNABLES=glibc.malloc.hugetlb=1
 
