@@ -97,6 +97,8 @@ def test_wheel_holds_the_library_and_its_configs(tmp_path):
     library = sources("efla_jax", "pallas_kernels")
     assert {name for name in code if name.endswith(".py")} == library | configs
     assert "efla_jax/py.typed" in code
+    tasks = {path.relative_to(ROOT).as_posix() for path in (ROOT / "efla_jax").rglob("*.yaml")}
+    assert {name for name in code if name.endswith(".yaml")} == tasks != set()
     assert {name.split("/")[0] for name in code} == {"efla_jax", "pallas_kernels"}
     assert any(name.endswith("/licenses/LICENSE") for name in names)
     assert dict(scripts["console_scripts"]) == {"efla": "efla_jax.cli:main"}

@@ -1,1 +1,1 @@
-"""Data: real MNIST (`mnist`) and the resumable batches of a training run (`pipeline`)."""
+"""Data: real MNIST (`mnist`), text (`text`), and the resumable batches of a training run (`pipeline`)."""

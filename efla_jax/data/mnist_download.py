@@ -118,7 +118,7 @@ def fetch(download: Download) -> Arrays:
 def from_mirror(download: Download) -> Arrays:
     """The arrays from the four gzipped IDX files."""
     # TFDS retries an unreachable host for minutes and waits for a silent one forever.
-    _await_answer(MIRROR + FILES["test_labels"].filename)
+    await_answer(MIRROR + FILES["test_labels"].filename)
     paths = download({name: MIRROR + file.filename for name, file in FILES.items()})
     return {name: parse_idx(gzip.decompress(Path(path).read_bytes()), name) for name, path in paths.items()}
 
@@ -197,7 +197,7 @@ def _idx_header(array: np.ndarray) -> bytes:
     return struct.pack(f">4B{array.ndim}I", 0, 0, 8, array.ndim, *array.shape)
 
 
-def _await_answer(url: str) -> None:
+def await_answer(url: str) -> None:
     """Returns when `url` answers; raises OSError when it does not within MIRROR_TIMEOUT."""
     answer: queue.SimpleQueue[Exception | None] = queue.SimpleQueue()
 

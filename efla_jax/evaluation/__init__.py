@@ -1,1 +1,5 @@
-"""Evaluation: accuracy and loss of a classifier, on clean and on corrupted digits."""
+"""Evaluation: accuracy of a classifier on clean and corrupted digits; perplexity and benchmarks of a language model."""
+
+
+class EvaluationError(ValueError):
+    """What is to be measured does not fit: an argument, a benchmark or its file. The message names it."""

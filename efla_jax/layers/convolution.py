@@ -22,8 +22,12 @@ class ShortConvolution(nnx.Module):
         *,
         history: Float[Array, "B W D"] | None = None,
         segment_ids: Int[Array, "B T"] | None = None,
+        lengths: Int[Array, "B"] | None = None,
     ) -> tuple[Float[Array, "B T D"], Float[Array, "B W D"]]:
-        """history is the last W = width - 1 inputs before token 0, of its document; returns (y, the new history)."""
+        """history is the last W = width - 1 inputs before token 0, of its document; returns (y, the new history).
+
+        lengths: how many tokens of each row count, the first ones; the new history is that behind the last of them.
+        """
         kernel = self.kernel[...].astype(x_BTD.dtype)
         batch, length, features = x_BTD.shape
         past = kernel.shape[0] - 1
@@ -39,5 +43,12 @@ class ShortConvolution(nnx.Module):
             same = document[:, window] == document[:, past:]
             y = y + jnp.where(same[..., None], padded[:, window], 0) * kernel[lag][None, None]
         # what a later call may reach: inputs of the last document alone
-        reachable = document[:, length:] == document[:, -1:]
-        return y, jnp.where(reachable[..., None], padded[:, length:], 0)
+        reachable = document == document[:, -1:]
+        last = slice(length, None)
+        if lengths is not None:
+            rows = lengths[:, None] + jnp.arange(past)[None]
+            reachable = document == jnp.take_along_axis(document, lengths[:, None] + past - 1, axis=1)
+            at = lambda x: jnp.take_along_axis(x, rows.reshape(rows.shape + (1,) * (x.ndim - 2)), axis=1)
+        else:
+            at = lambda x: x[:, last]
+        return y, jnp.where(at(reachable)[..., None], at(padded), 0)

@@ -1,5 +1,6 @@
 """Running the op on each device's own batches and heads: `jax.shard_map` entered from inside, mesh from context."""
 
+import math
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -62,6 +63,14 @@ def shards(axes: Axes) -> tuple[int, int]:
     for name in axes.heads:
         heads *= mesh.shape[name]
     return batch, heads
+
+
+def constrain(x, *axes):
+    """x with its dimensions split over these mesh axes (None, a name or names), where their sizes divide it."""
+    mesh = jax.sharding.get_abstract_mesh()
+    fits = lambda size, names: size % math.prod(mesh.shape[name] for name in names) == 0
+    spec = (axis if fits(size, _names(axis)) else None for size, axis in zip(x.shape, axes, strict=True))
+    return jax.lax.with_sharding_constraint(x, PartitionSpec(*spec))
 
 
 def share_manual_axes(*arrays):

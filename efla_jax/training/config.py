@@ -15,9 +15,10 @@ from absl import flags
 from ml_collections import config_flags
 
 from efla_jax.choices import check_choice, nearest
-from efla_jax.models import ClassifierConfig, ModelConfig
+from efla_jax.models import ClassifierConfig, LanguageModelConfig, ModelConfig
 
 Schedule = Literal["constant", "cosine"]
+Decayed = Literal["all", "matrices"]
 
 
 class ConfigError(ValueError):
@@ -32,31 +33,51 @@ def _require(section: str, config: Any, **least: float) -> None:
 
 @dataclass(frozen=True)
 class DataConfig:
-    """source: the data set. data_dir: the TFDS data directory; None is TFDS's own default."""
+    """What a run reads.
 
-    source: Literal["mnist"] = "mnist"
+    source: mnist, for classifiers; for language models a text source, see `efla_jax.data.text.open_source`: files
+    ("corpus/*.jsonl.gz"), python:train, tfds:NAME, hf:NAME. Left empty it is mnist or python:train.
+    data_dir: of mnist, the TFDS data directory; None is TFDS's own default.
+    The rest is for text. tokenizer: bytes, a tokenizers JSON file, a SentencePiece model, mistral. sequence_length:
+    tokens a row. validation: the source that `efla evaluate` takes by default. text_field: of JSON lines and
+    Parquet; separator: the line between two documents of a text file. cache_dir: of tokenised text.
+    """
+
+    source: str = ""
     data_dir: str | None = None
+    tokenizer: str = "bytes"
+    sequence_length: int = 512
+    validation: str = ""
+    text_field: str = "text"
+    separator: str | None = None
+    cache_dir: str | None = None
 
     def __post_init__(self):
-        check_choice("config.data.source", self.source, ("mnist",))
+        _require("config.data", self, sequence_length=2)
 
 
 @dataclass(frozen=True)
 class OptimizerConfig:
-    """AdamW, its learning rate linear over warmup_steps to peak_lr, then constant or a cosine down to end_lr."""
+    """AdamW, its learning rate linear over warmup_steps to peak_lr, then constant or a cosine down to end_lr.
+
+    decayed: weight decay shrinks all parameters, or matrices alone (no norms, biases and decay rates).
+    """
 
     peak_lr: float = 1e-3
+    start_lr: float = 0.0
     schedule: Schedule = "constant"
     warmup_steps: int = 0
     end_lr: float = 0.0
     weight_decay: float = 0.01
+    decayed: Decayed = "all"
     beta1: float = 0.9
     beta2: float = 0.999
     clip_norm: float = 1.0  # of the whole gradient; 0 does not clip
 
     def __post_init__(self):
         check_choice("config.optimizer.schedule", self.schedule, get_args(Schedule))
-        _require("config.optimizer", self, peak_lr=0, warmup_steps=0, end_lr=0, weight_decay=0, clip_norm=0)
+        check_choice("config.optimizer.decayed", self.decayed, get_args(Decayed))
+        _require("config.optimizer", self, peak_lr=0, start_lr=0, warmup_steps=0, end_lr=0, weight_decay=0, clip_norm=0)
         for name in ("beta1", "beta2"):
             if not 0 <= getattr(self, name) < 1:
                 raise ConfigError(f"config.optimizer.{name} is {getattr(self, name)}; it must be in [0, 1)")
@@ -64,7 +85,11 @@ class OptimizerConfig:
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """steps of batch_size records each. checkpoint_every, log_every: in steps. keep: checkpoints kept."""
+    """steps of batch_size records each. checkpoint_every, log_every: in steps. keep: checkpoints kept.
+
+    parts: pieces that a batch is worked off in, one after the other (gradient accumulation). z_loss: factor of the
+    squared log-sum-exp of a language model's logits.
+    """
 
     steps: int = 469
     batch_size: int = 128
@@ -72,9 +97,14 @@ class TrainConfig:
     log_every: int = 10
     keep: int = 3
     seed: int = 0
+    parts: int = 1
+    z_loss: float = 0.0
 
     def __post_init__(self):
-        _require("config.train", self, steps=1, batch_size=1, checkpoint_every=1, log_every=1, keep=1, seed=0)
+        _require("config.train", self, steps=1, batch_size=1, checkpoint_every=1, log_every=1, keep=1)
+        _require("config.train", self, seed=0, parts=1, z_loss=0)
+        if self.batch_size % self.parts:
+            raise ConfigError(f"config.train.parts is {self.parts}; it must divide batch_size = {self.batch_size}")
 
 
 @dataclass(frozen=True)
@@ -98,6 +128,24 @@ class Config:
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     mesh: MeshConfig = field(default_factory=MeshConfig)
+
+    def __post_init__(self):
+        text = isinstance(self.model, LanguageModelConfig)
+        if (self.source == "mnist") == text:
+            kind = type(self.model).__name__.removesuffix("Config")
+            need = "a text source" if text else f"'mnist'{nearest(self.source, ['mnist'])}"
+            raise ConfigError(f"config.data.source is {self.source!r}; for a {kind} it must be {need}")
+
+    @property
+    def source(self) -> str:
+        """data.source, or where that is empty the one that needs no choice."""
+        return self.data.source or ("python:train" if isinstance(self.model, LanguageModelConfig) else "mnist")
+
+    @property
+    def record_tokens(self) -> int:
+        """Tokens of one record, for throughput."""
+        text = isinstance(self.model, LanguageModelConfig)
+        return self.data.sequence_length if text else self.model.tokens
 
 
 def find_config(name: str) -> Path:

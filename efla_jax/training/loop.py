@@ -4,17 +4,17 @@ WORKDIR/config.json      the config of the run
 WORKDIR/metrics.jsonl    a JSON object per logged step
 WORKDIR/tensorboard/     the same for TensorBoard
 WORKDIR/checkpoints/     see `checkpoint.py`
+WORKDIR/tokenizer/       of a language model
 """
 
 import logging
 import math
 import os
-import signal
+import shutil
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from types import FrameType
-from typing import Any, Self
+from typing import Any
 
 import jax
 import numpy as np
@@ -22,12 +22,21 @@ import optax
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding
 
-from efla_jax.data import mnist
 from efla_jax.data.pipeline import batches
 from efla_jax.models import build
 from efla_jax.training.checkpoint import CheckpointError, Checkpoints, load_newest
 from efla_jax.training.config import Config, ConfigError, differences, from_json, to_json
+from efla_jax.training.distributed import (
+    Interrupt,
+    barrier,
+    batch_share,
+    check_agreement,
+    check_shared,
+    name_lost_processes,
+)
 from efla_jax.training.metrics import MetricsWriter
+from efla_jax.training.objectives import objective_of
+from efla_jax.training.records import open_records
 from efla_jax.training.sharding import BATCH, TOKENS, make_mesh, state_shardings
 from efla_jax.training.step import (
     State,
@@ -42,27 +51,14 @@ from efla_jax.training.step import (
 logger = logging.getLogger(__name__)
 
 # Fields in which a run may differ from the one its workdir holds: what it computes stays the same.
-_FREE_FIELDS = ("train.log_every", "train.checkpoint_every", "train.keep", "data.data_dir", "mesh.")
+_FREE_FIELDS = (
+    "train.log_every", "train.checkpoint_every", "train.keep", "mesh.",
+    "data.data_dir", "data.cache_dir", "data.validation",
+)  # fmt: skip
 
 
 class NonFiniteError(ArithmeticError):
     """The loss or a gradient is not finite; the message names the step and the culprit."""
-
-
-class Interrupt:
-    """Remembers a SIGTERM while its block runs, in place of dying by it."""
-
-    requested = False
-
-    def __enter__(self) -> Self:
-        self._previous = signal.signal(signal.SIGTERM, self._remember)
-        return self
-
-    def _remember(self, number: int, frame: FrameType | None) -> None:
-        self.requested = True
-
-    def __exit__(self, *_: object) -> None:
-        signal.signal(signal.SIGTERM, self._previous)
 
 
 @dataclass(frozen=True)
@@ -85,7 +81,8 @@ def make_program(config: Config, mesh: Mesh) -> Program:
     start = lambda: initial_state(config, jax.random.key(config.train.seed), optimizer)
     form = jax.eval_shape(start)
     shardings = state_shardings(mesh, form)
-    step = make_train_step(graph, optimizer, learning_rate, TOKENS)
+    objective = objective_of(config)
+    step = make_train_step(graph, optimizer, learning_rate, TOKENS, objective=objective, parts=config.train.parts)
     return Program(
         mesh=mesh,
         graph=graph,
@@ -97,20 +94,22 @@ def make_program(config: Config, mesh: Mesh) -> Program:
 
 
 def open_workdir(workdir: str | os.PathLike[str], config: Config) -> Path:
-    """Makes the workdir for this config, or checks that it holds a run of it.
+    """Makes the workdir for this config, or checks that it holds a run of it. Process 0 writes, all of them check.
 
     Raises:
-        ConfigError: it cannot be written, its config.json is damaged, or it holds a run of another config; the
-            differing fields are named.
+        ConfigError: it cannot be written, is not shared by all processes, its config.json is damaged, or it holds a
+            run of another config; the differing fields are named.
     """
     path = Path(workdir)
     file = path / "config.json"
     try:
-        path.mkdir(parents=True, exist_ok=True)
-        if not file.exists():
+        if jax.process_index() == 0:
+            path.mkdir(parents=True, exist_ok=True)
+        if jax.process_index() == 0 and not file.exists():
             partial = file.with_suffix(".partial")
             partial.write_text(to_json(config))
             partial.replace(file)
+        check_shared(path)
     except OSError as error:
         raise ConfigError(f"--workdir is {str(workdir)!r}, which cannot be written: {error}") from error
     # a constant learning rate does not know where the run ends, so the run may be made longer
@@ -122,6 +121,24 @@ def open_workdir(workdir: str | os.PathLike[str], config: Config) -> Path:
             "Use another workdir, or the config of the run"
         )
     return path
+
+
+def keep_tokenizer(workdir: Path, tokenizer: Any) -> None:
+    """Saves the tokenizer beside the run, or checks that the run was begun with this one. Raises ConfigError."""
+    from efla_jax.data.text.tokenizers import load_tokenizer
+
+    folder = workdir / "tokenizer"
+    if jax.process_index() == 0 and not folder.exists():
+        partial = workdir / "tokenizer.partial"
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir()
+        tokenizer.save(partial)
+        partial.rename(folder)
+    barrier("tokenizer saved")
+    if load_tokenizer(str(folder)).fingerprint != tokenizer.fingerprint:
+        raise ConfigError(
+            f"config.data.tokenizer is {tokenizer.name!r}, which is not the one that {str(workdir)!r} was begun with"
+        )
 
 
 def _config_of(workdir: str | os.PathLike[str]) -> Config:
@@ -155,9 +172,9 @@ class Report:
                 f"step {step}: the loss is {values['loss']}, the gradient not finite in "
                 f"{', '.join(bad) or 'no parameter'}; nothing of this step was saved"
             )
-        if step % self.config.train.log_every == 0:
+        if step % self.config.train.log_every == 0 or step == 1:  # step 1 shows the model as initialised
             now = time.monotonic()
-            tokens = self.config.train.batch_size * self.config.model.tokens * (step - self.last_step)
+            tokens = self.config.train.batch_size * self.config.record_tokens * (step - self.last_step)
             values["tokens_per_second"] = tokens / max(now - self.last_time, 1e-9)
             self.last_step, self.last_time = step, now
             self.writer.write(step, values)
@@ -165,11 +182,12 @@ class Report:
 
 def check_fit(config: Config, mesh: Mesh) -> None:
     """Raises ConfigError unless the mesh divides the batch and the heads."""
-    shards = mesh.shape["data"] * mesh.shape["fsdp"]
-    if config.train.batch_size % shards:
+    shards, parts = mesh.shape["data"] * mesh.shape["fsdp"], config.train.parts
+    if config.train.batch_size % (shards * parts):
+        in_parts = f" times config.train.parts = {parts}" if parts > 1 else ""
         raise ConfigError(
             f"config.train.batch_size is {config.train.batch_size}; it must be a multiple of {shards}, "
-            "the devices along the mesh's data and fsdp"
+            f"the devices along the mesh's data and fsdp{in_parts}"
         )
     if config.model.key_heads % mesh.shape["tensor"]:
         raise ConfigError(
@@ -184,24 +202,31 @@ def train(config: Config, workdir: str | os.PathLike[str]) -> int:
     Ends early, after saving, on SIGTERM. The same call goes on from there, bit for bit.
 
     Raises:
-        ConfigError: the workdir does not fit, see `open_workdir`, or the mesh the devices and the batch.
+        ConfigError: the workdir does not fit, see `open_workdir`, or the mesh the devices and the batch, or the
+            processes have different configs.
         NonFiniteError: with the last good checkpoint untouched.
+        LostProcessError: another process has ended.
     """
     mesh = make_mesh(config.mesh)
     check_fit(config, mesh)
+    process_index, process_count = batch_share(NamedSharding(mesh, BATCH), config.train.batch_size)
+    check_agreement("the config", to_json(config))
     path = open_workdir(workdir, config)
-    source = mnist.load("train", config.data.data_dir)
+    records = open_records(config)
+    if records.tokenizer is not None:
+        keep_tokenizer(path, records.tokenizer)
     data = batches(
-        source,
+        records.source,
         batch_size=config.train.batch_size,
         seed=config.train.seed,
-        process_index=jax.process_index(),
-        process_count=jax.process_count(),
+        process_index=process_index,
+        process_count=process_count,
     )
     with (
         jax.set_mesh(mesh),
         Interrupt() as interrupt,  # the outer one: a second SIGTERM must not cut off the last save
         Checkpoints(path / "checkpoints", keep=config.train.keep) as checkpoints,
+        name_lost_processes(),
     ):
         program = make_program(config, mesh)
         restored = checkpoints.restore(program.form, data)
@@ -210,7 +235,9 @@ def train(config: Config, workdir: str | os.PathLike[str]) -> int:
             logger.info("resuming %s at step %d", workdir, first)
         with MetricsWriter(path, total_steps=config.train.steps, resume_step=first) as writer:
             report = Report(writer, config, program.parameter_names, first, time.monotonic())
-            return run_steps(config, program, state, data, first, checkpoints, report, interrupt)
+            last = run_steps(config, program, state, data, first, checkpoints, report, interrupt)
+    barrier("end of training")  # the last checkpoint is published, for every process
+    return last
 
 
 @dataclass(frozen=True)
@@ -256,7 +283,7 @@ def run_steps(
     place = NamedSharding(program.mesh, BATCH)
     pending = None  # (step, metrics) dispatched and not read yet
     step = first
-    while step < config.train.steps and not interrupt.requested:
+    while step < config.train.steps and not interrupt.requested(step):
         batch = jax.make_array_from_process_local_data(place, next(data))
         state, metrics = program.step(state, batch)
         step += 1

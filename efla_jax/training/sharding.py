@@ -1,4 +1,4 @@
-"""Where things lie: one mesh with the axes data, fsdp and tensor, and a table from parameter names to axes."""
+"""Where things lie: a mesh of the axes data, fsdp and tensor, and two tables, names to logical axes to mesh axes."""
 
 import math
 import re
@@ -14,14 +14,21 @@ AXES = ("data", "fsdp", "tensor")
 BATCH = P(("data", "fsdp"))  # [B, ...]
 TOKENS = P(("data", "fsdp"), None, "tensor")  # [B, T, H, D] inside a mixer
 
-# The first rule that finds its pattern in a leaf's name applies, to parameters and optimizer moments alike; what
-# matches none is replicated. Projections into heads split their heads over tensor, and fsdp the other side.
-_RULES = (
-    (r"\b(query|key|value|beta|gate|up)/kernel", P("fsdp", "tensor")),
-    (r"\b(out|down)/kernel", P("tensor", "fsdp")),
-    (r"\bembed/kernel", P(None, "fsdp")),
-    (r"\bhead/kernel", P("fsdp", None)),
-    (r"\bposition", P(None, "fsdp")),
+# Where each logical axis of a parameter lies: the one table to change for another layout.
+LOGICAL_AXES = dict(features="fsdp", heads="tensor", hidden="tensor", vocabulary="tensor", classes=None, tokens=None)
+
+# Logical axes of parameters, optimizer moments alike: the first pattern found in a leaf's name applies; what matches
+# none is replicated.
+_PARAMETERS = (
+    (r"\bmixer/(query|key|value|beta|gate|decay)/kernel", ("features", "heads")),
+    (r"\bmixer/out/kernel", ("heads", "features")),
+    (r"\bmlp/(gate|up)/kernel", ("features", "hidden")),
+    (r"\bmlp/down/kernel", ("hidden", "features")),
+    (r"\bembed/embedding", ("vocabulary", "features")),
+    (r"\bembed/kernel", ("tokens", "features")),
+    (r"\bhead/kernel", ("features", "vocabulary")),
+    (r"\bposition", ("tokens", "features")),
+    (r"\b(query|key|value|beta)/kernel", ("features", "heads")),  # the classifier that is one bare layer
 )
 
 
@@ -47,11 +54,12 @@ def leaf_name(path: Any) -> str:
 
 
 def _spec(name: str, shape: tuple[int, ...], mesh: Mesh) -> P:
-    """The rule's axes where their size divides the leaf's; the others stay whole."""
-    rule = next((spec for pattern, spec in _RULES if re.search(pattern, name)), P())
-    if len(rule) != len(shape):
+    """The mesh axes of its logical axes where their size divides the leaf's; the others stay whole."""
+    logical = next((axes for pattern, axes in _PARAMETERS if re.search(pattern, name)), ())
+    if len(logical) != len(shape):
         return P()
-    return P(*(axis if axis and size % mesh.shape[axis] == 0 else None for axis, size in zip(rule, shape, strict=True)))
+    axes = [LOGICAL_AXES[axis] for axis in logical]
+    return P(*(axis if axis and size % mesh.shape[axis] == 0 else None for axis, size in zip(axes, shape, strict=True)))
 
 
 def state_shardings(mesh: Mesh, state: Any) -> Any:

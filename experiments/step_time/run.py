@@ -19,8 +19,8 @@ import numpy as np
 from efla_jax.data import mnist
 from efla_jax.data.pipeline import batches
 from efla_jax.training.config import load_config, override
+from efla_jax.training.objectives import classification_sums
 from efla_jax.training.step import (
-    classification_loss,
     graph_of,
     initial_state,
     make_optimizer,
@@ -41,7 +41,7 @@ def measure(config, repeats: int, data_dir: str | None) -> dict[str, list[float]
     graph = graph_of(config.model)
     learning_rate = schedule(config.optimizer, config.train.steps)
     optimizer = make_optimizer(config.optimizer, learning_rate)
-    loss_of = partial(classification_loss, graph)
+    loss_of = partial(classification_sums, graph)
     forward = jax.jit(loss_of)
     gradient = jax.jit(jax.value_and_grad(loss_of, has_aux=True))
     step = jax.jit(make_train_step(graph, optimizer, learning_rate))

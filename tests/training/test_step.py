@@ -14,8 +14,8 @@ from flax import nnx
 from efla_jax.layers import MixerConfig
 from efla_jax.models import ClassifierConfig
 from efla_jax.training.config import Config, OptimizerConfig, TrainConfig
+from efla_jax.training.objectives import classification_sums
 from efla_jax.training.step import (
-    classification_loss,
     graph_of,
     initial_state,
     make_optimizer,
@@ -129,16 +129,22 @@ def test_betas_are_those_of_the_config():
 # ---- the step ----
 
 
+def means(params, batch, key=None):
+    """(loss, accuracy), means over the batch."""
+    loss, sums = classification_sums(GRAPH, params, batch, dropout_key=key)
+    count = len(batch["label"])
+    return loss / count, sums["accuracy"] / count
+
+
 def by_hand(state, batch):
     """Loss, accuracy and gradient of the step that starts from this state."""
-    key = jax.random.fold_in(state["key"], state["step"])
-    loss_of = lambda params: classification_loss(GRAPH, params, batch, dropout_key=key)
+    loss_of = lambda params: means(params, batch, jax.random.fold_in(state["key"], state["step"]))
     return jax.jit(jax.value_and_grad(loss_of, has_aux=True))(state["params"])
 
 
 def test_loss_is_cross_entropy_of_the_model():
     params, batch = trained()[0][0]["params"], jax.tree.map(jnp.asarray, draw())
-    measure = lambda params: (classification_loss(GRAPH, params, batch), nnx.merge(GRAPH, params)(batch["image"]))
+    measure = lambda params: (means(params, batch), nnx.merge(GRAPH, params)(batch["image"]))
     (loss, accuracy), logits = jax.tree.map(np.float64, jax.jit(measure)(params))
     log_probability = logits - np.log(np.exp(logits).sum(axis=1, keepdims=True))
     assert float(loss) == pytest.approx(-log_probability[np.arange(5), batch["label"]].mean(), rel=1e-5)

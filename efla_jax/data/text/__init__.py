@@ -1,0 +1,5 @@
+"""Text: documents (`sources`), tokens of them (`tokenizers`), their cache (`store`), rows (`packing`)."""
+
+
+class TextError(ValueError):
+    """A source, a tokenizer or a token cache is not what it must be, or cannot be had."""

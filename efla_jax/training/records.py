@@ -1,0 +1,58 @@
+"""What a run trains on: the records of its config's source, and for text the tokenizer."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from efla_jax.data import mnist
+from efla_jax.models import LanguageModelConfig
+from efla_jax.training.config import Config, ConfigError, DataConfig
+
+if TYPE_CHECKING:
+    from efla_jax.data.text.store import TokenStore
+    from efla_jax.data.text.tokenizers import Tokenizer
+
+
+@dataclass(frozen=True)
+class Records:
+    """source: random access to records, dicts of arrays. tokenizer: of text."""
+
+    source: Any
+    tokenizer: Tokenizer | None = None
+
+
+def open_records(config: Config) -> Records:
+    """The training records of a config.
+
+    Raises:
+        ConfigError: the tokenizer has more tokens than the model. TextError, MnistError: the source cannot be had.
+    """
+    if not isinstance(config.model, LanguageModelConfig):
+        return Records(mnist.load("train", config.data.data_dir))
+    from efla_jax.data.text.packing import PackedRows
+    from efla_jax.data.text.tokenizers import load_tokenizer
+
+    tokenizer = load_tokenizer(config.data.tokenizer)
+    check_vocabulary(tokenizer, config.model)
+    store = text_store(config.source, config.data, tokenizer)
+    rows = PackedRows(store, config.data.sequence_length, tokenizer.separator, config.train.seed)
+    return Records(rows, tokenizer)
+
+
+def text_store(spec: str, data: DataConfig, tokenizer: Tokenizer) -> TokenStore:
+    """The tokenised text of a source, with the options of `data`."""
+    from efla_jax.data.text.sources import open_source
+    from efla_jax.data.text.store import tokenise
+
+    source = open_source(spec, text_field=data.text_field, separator=data.separator)
+    return tokenise(source, tokenizer, data.cache_dir)
+
+
+def check_vocabulary(tokenizer: Tokenizer, model: LanguageModelConfig) -> None:
+    """Raises ConfigError unless the model has every token."""
+    if tokenizer.vocab_size > model.vocab_size:
+        raise ConfigError(
+            f"config.model.vocab_size is {model.vocab_size}; it must be at least {tokenizer.vocab_size}, the tokens of "
+            f"the tokenizer {tokenizer.name!r}"
+        )

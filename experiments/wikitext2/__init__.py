@@ -1,0 +1,1 @@
+"""EFLA, DeltaNet and softmax attention as language models of one size on WikiText-2."""
