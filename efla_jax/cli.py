@@ -172,6 +172,7 @@ def _evaluate_text(parts: tuple[Any, Any, Any], data: Any, options: dict[str, st
     """Prints the perplexity of a language model, (config, params, tokenizer), on a source; `data` has the defaults."""
     from efla_jax.data.text.sources import open_source
     from efla_jax.evaluation.perplexity import perplexity
+    from efla_jax.evaluation.report import figure_lines, write_json
 
     _allow(options, "a language model", _TEXT)
     spec = options.get("source", data.validation)
@@ -183,10 +184,9 @@ def _evaluate_text(parts: tuple[Any, Any, Any], data: Any, options: dict[str, st
     if "protocol" in options:
         choices["protocol"] = options["protocol"]
     result = perplexity(*parts, open_source(spec, **reading), cache_dir=data.cache_dir, **choices)
-    for name, value in ({"source": spec} | result).items():
-        if name != "by_context":
-            print(f"{name:<16}{value if isinstance(value, int | str) else format(value, '.6g')}")
-    _write_json(options, {"workdir": options["workdir"], "source": spec} | result)
+    print(*figure_lines({"source": spec} | result), sep="\n")
+    if "output" in options:
+        write_json(options["output"], {"workdir": options["workdir"], "source": spec} | result)
 
 
 def _evaluate_tasks(parts: tuple[Any, Any, Any], options: dict[str, str]) -> None:
@@ -198,6 +198,7 @@ def _evaluate_tasks(parts: tuple[Any, Any, Any], options: dict[str, str]) -> Non
         if error.name != "lm_eval":
             raise
         raise UsageError("--tasks needs the package lm-eval: pip install 'efla-jax[lm-eval]'") from error
+    from efla_jax.evaluation.report import task_lines, write_json
     from efla_jax.inference.text import TextModel
 
     _allow(options, "benchmarks", _TASKS)
@@ -205,21 +206,9 @@ def _evaluate_tasks(parts: tuple[Any, Any, Any], options: dict[str, str]) -> Non
     limit = _integer("limit", options["limit"]) if "limit" in options else None
     lm = EflaLM(TextModel(*parts), _integer("batch_size", options.get("batch_size", str(BATCH_SIZE))))
     result = run_tasks(lm, tasks.split(","), folder, limit=limit)
-    for task, found in result.items():
-        metrics = [name for name in found if f"{name}_stderr" in found]
-        errors = ["-" if found[f"{name}_stderr"] is None else f"{found[f'{name}_stderr']:.4g}" for name in metrics]
-        figures = "   ".join(f"{n} {found[n]:.4g} ± {error}" for n, error in zip(metrics, errors, strict=True))
-        print(f"{task:<16}{found['rows']:>6} rows   {figures}")
-    _write_json(options, {"workdir": options["workdir"], "tasks": result})
-
-
-def _write_json(options: dict[str, str], content: dict[str, Any]) -> None:
-    """Writes the content to --output, if that is given."""
+    print(*task_lines(result), sep="\n")
     if "output" in options:
-        try:
-            Path(options["output"]).write_text(json.dumps(content, indent=2) + "\n")
-        except OSError as error:
-            raise UsageError(f"--output is {options['output']!r}, which cannot be written: {error}") from error
+        write_json(options["output"], {"workdir": options["workdir"], "tasks": result})
 
 
 def generate(arguments: Sequence[str]) -> None:

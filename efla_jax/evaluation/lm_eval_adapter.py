@@ -25,6 +25,7 @@ from lm_eval.models.utils import normalize_gen_kwargs
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from tqdm import tqdm
 
+from efla_jax.evaluation import EvaluationError
 from efla_jax.inference.load import load
 from efla_jax.inference.programs import cache_form, zeros
 from efla_jax.inference.text import TextModel
@@ -70,10 +71,10 @@ def _whole(graph, params, inputs_BT, targets_BT):
 
 
 @partial(jax.jit, static_argnums=0, donate_argnums=2)
-def _onward(graph, params, cache, inputs_BT, targets_BT, lengths_B):
-    """`_scores` of rows that go on from a cache by lengths_B tokens, and the new cache."""
+def _onward(graph, params, cache, inputs_BT, targets_BT):
+    """`_scores` of rows that go on from a cache, and the new cache."""
     model = nnx.merge(graph, params)
-    hidden_BTE, cache = model(inputs_BT, cache=cache, lengths=lengths_B)
+    hidden_BTE, cache = model(inputs_BT, cache=cache)
     return *_scores(model, hidden_BTE, targets_BT), cache
 
 
@@ -97,7 +98,7 @@ class EflaLM(TemplateLM):
         self.model = load(model) if isinstance(model, str) else model
         self.batch_size = int(batch_size)
         if self.batch_size < 1:
-            raise ValueError(f"batch_size is {batch_size}; it must be at least 1")
+            raise EvaluationError(f"batch_size is {batch_size}; it must be at least 1")
         self._graph = graph_of(self.model.config)
 
     @property
@@ -124,9 +125,11 @@ class EflaLM(TemplateLM):
         """Of each request (its strings, context, continuation): as `loglikelihood` gives it."""
         for strings, _context, continuation in requests:
             if not continuation:
-                raise ValueError(f"the continuation of {strings!r} has no tokens of its own; there is nothing to score")
+                raise EvaluationError(
+                    f"the continuation of {strings!r} has no tokens of its own; there is nothing to score"
+                )
             if self.max_length is not None and len(continuation) > self.max_length:
-                raise ValueError(
+                raise EvaluationError(
                     f"the continuation of {strings!r} has {len(continuation)} tokens; it must have at most "
                     f"{self.max_length}, the context of the model's softmax blocks"
                 )
@@ -188,15 +191,14 @@ class EflaLM(TemplateLM):
             length = min(_PIECE, bucket(max(longest, 1)))
             cache = zeros(cache_form(self.model.config, self.batch_size))
             for first in range(0, longest, length):
+                # a row that ends in this piece needs no cache for another: what pads it does not matter
                 pieces = [row[first : first + length + 1] for row in rows]
-                lengths_B = np.array([max(len(piece) - 1, 0) for piece in pieces], np.int32)
-                lengths_B = np.pad(lengths_B, (0, self.batch_size - len(rows)))
                 inputs_BT = _pad([piece[:-1] for piece in pieces], self.batch_size, length)
                 targets_BT = _pad([piece[1:] for piece in pieces], self.batch_size, length)
-                logp_BT, _, cache = _onward(self._graph, self.model.params, cache, inputs_BT, targets_BT, lengths_B)
+                logp_BT, _, cache = _onward(self._graph, self.model.params, cache, inputs_BT, targets_BT)
                 logp_BT = np.asarray(logp_BT, np.float64)
-                for row, number in enumerate(numbers):
-                    totals[number] += float(logp_BT[row, : lengths_B[row]].sum())
+                for row, piece in enumerate(pieces):
+                    totals[numbers[row]] += float(logp_BT[row, : max(len(piece) - 1, 0)].sum())
         return totals
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
@@ -223,7 +225,7 @@ class EflaLM(TemplateLM):
         options: dict[str, Any] = dict(normalize_gen_kwargs(asked, _MOST_NEW_TOKENS))
         for name in options:
             if name not in _GENERATION:
-                raise ValueError(
+                raise EvaluationError(
                     f"generation_kwargs has {name!r}, which is not served; it may have {', '.join(_GENERATION)}"
                 )
         return dict(
@@ -240,13 +242,13 @@ class EflaLM(TemplateLM):
             return text
         room = self.max_length - max_new_tokens - 1
         if room < 0:
-            raise ValueError(
+            raise EvaluationError(
                 f"max_gen_toks is {max_new_tokens}; it must be less than {self.max_length}, the context of the model's "
                 "softmax blocks"
             )
         ids = self.tok_encode(text, add_special_tokens=False)
         kept = room
         while len(self.tok_encode(text, add_special_tokens=False)) > room:  # tokens at the cut may come out anew
-            text = self.model.tokenizer.decode(ids[len(ids) - kept :]).lstrip("\ufffd")
+            text = self.model.tokenizer.decode(ids[len(ids) - kept :])
             kept -= 1
         return text

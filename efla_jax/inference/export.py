@@ -96,7 +96,7 @@ def export_model(
     """Writes a model folder with programs; nothing is at `path` until all of it is.
 
     Raises:
-        InferenceError: a platform, batch size or length that does not fit. InferenceError: as `folder.new_folder`.
+        InferenceError: a platform, batch size or length that does not fit, or as `folder.new_folder`.
     """
     _check(platforms, batch_sizes, lengths)
     with folder.new_folder(path) as new:

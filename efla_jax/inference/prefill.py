@@ -38,18 +38,15 @@ def pieces(length: int, lengths: Sequence[int]) -> list[int]:
 def _feed(
     programs: Programs, params: Any, tokens: Sequence[np.ndarray], logits_BV: jax.Array, cache: Cache
 ) -> tuple[jax.Array, Cache]:
-    """Long rows are fed in pieces, short ones with the last of them, so that all rows end in the last piece."""
-    left_B = np.array([len(row) for row in tokens])
-    plan = pieces(int(left_B.max()), programs.lengths)
-    for number, size in enumerate(plan):
-        lengths_B = np.maximum(left_B - sum(plan[number + 1 :]), 0).astype(np.int32)
-        tokens_BL = np.zeros((len(tokens), size), np.int32)
-        for row, (left, count) in enumerate(zip(left_B, lengths_B, strict=True)):
-            start = len(tokens[row]) - left
-            tokens_BL[row, :count] = tokens[row][start : start + count]
-        left_B = left_B - lengths_B
+    """Long rows are fed in pieces; short ones end in an earlier piece, and are left alone by those after it."""
+    start = 0
+    for size in pieces(max(map(len, tokens)), programs.lengths):
+        parts = [row[start : start + size] for row in tokens]
+        tokens_BL = np.stack([np.pad(part, (0, size - len(part))) for part in parts])
+        lengths_B = np.array([len(part) for part in parts], np.int32)
         new_BV, cache = programs.forward(params, tokens_BL, lengths_B, cache)
         logits_BV = _keep(logits_BV, new_BV, lengths_B)
+        start += size
     return logits_BV, cache
 
 

@@ -93,7 +93,7 @@ def _forward(hidden_BTE, kernel_EV, targets_BT, chunk):
 
 def _summed_loss_forward(hidden_BTE, kernel_EV, targets_BT, z_loss, chunk):
     chunk = chunk or _chunk_size(*targets_BT.shape, kernel_EV.shape[1])
-    dtype = hidden_BTE.dtype
+    dtype, total = hidden_BTE.dtype, _sum_dtype(hidden_BTE)
     compute_EV = kernel_EV.astype(dtype)
     count, cut = _chunks(hidden_BTE, targets_BT, chunk)
 
@@ -107,22 +107,23 @@ def _summed_loss_forward(hidden_BTE, kernel_EV, targets_BT, z_loss, chunk):
         d_lse = jnp.where(valid, 1 + 2 * z_loss * lse, 0)
         d_logits = jnp.exp(logits - lse[..., None]) * d_lse[..., None] - jnp.where(hit, 1.0, 0.0)
         d_logits = d_logits.astype(dtype)
-        d_hidden = jnp.einsum("bcv,ev->bce", d_logits, compute_EV)
-        d_kernel_EV += jnp.einsum("bce,bcv->ev", hidden, d_logits, preferred_element_type=d_kernel_EV.dtype)
+        d_hidden = jnp.einsum("bcv,ev->bce", d_logits, compute_EV, preferred_element_type=total)
+        d_kernel_EV += jnp.einsum("bce,bcv->ev", hidden, d_logits, preferred_element_type=total)
         return (objective + jnp.sum(nll + z), loss + jnp.sum(nll), d_kernel_EV), d_hidden
 
-    total = _sum_dtype(hidden_BTE)
     start = (jnp.zeros((), total), jnp.zeros((), total), jnp.zeros(kernel_EV.shape, total))
     (objective, loss, d_kernel_EV), d_hidden = jax.lax.scan(add_chunk, start, jnp.arange(count))
     d_hidden_BTE = _join(d_hidden, targets_BT.shape[1])
-    return (objective, loss), (d_hidden_BTE, d_kernel_EV.astype(kernel_EV.dtype))
+    types = (hidden_BTE[:0], kernel_EV[:0])  # of no elements: residuals are arrays
+    return (objective, loss), (d_hidden_BTE, d_kernel_EV, types)
 
 
 def _summed_loss_backward(z_loss, chunk, gradients, cotangents):
+    # scaled before it is rounded: one over the number of targets, itself in bfloat16, would be off by up to 0.4 %
+    d_hidden_BTE, d_kernel_EV, types = gradients
     d_objective, _ = cotangents
-    # d_objective is float32: rounded to bfloat16 first, it would scale all gradients below the head by another factor
-    d_hidden_BTE, d_kernel_EV = ((x * d_objective).astype(x.dtype) for x in gradients)
-    return d_hidden_BTE, d_kernel_EV, None
+    pairs = zip((d_hidden_BTE, d_kernel_EV), types, strict=True)
+    return *((gradient * d_objective).astype(like.dtype) for gradient, like in pairs), None
 
 
 summed_loss.defvjp(_summed_loss_forward, _summed_loss_backward)

@@ -148,7 +148,7 @@ def test_lengths_are_padded_to_powers_of_two():
     ],
 )
 def test_what_cannot_be_scored_is_refused(hybrid, pair, message):
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(EvaluationError, match=message):
         loglikelihoods(hybrid, [pair])
 
 
@@ -202,13 +202,16 @@ def test_generation_is_the_models_own(linear):
     assert one != another  # repeats of a request are samples of their own
 
 
-def test_prompts_beyond_the_reach_of_softmax_are_cut_from_the_left(hybrid):
+def test_prompts_beyond_the_reach_of_softmax_are_cut_from_the_left(hybrid, monkeypatch):
     """Room for the separator and the new tokens; a character that is cut through goes."""
     options = dict(until=[], max_gen_toks=8)
     room = REACH - 8 - 1
     texts = ["x" * 30 + "question", "y" * 20 + "ß" + "z" * (room - 1), "short"]
     kept = ["x" * (room - 8) + "question", "z" * (room - 1), "short"]
-    assert generate(hybrid, [(text, options) for text in texts]) == hybrid.model.generate(kept, 8)
+    want, own, asked = hybrid.model.generate(kept, 8), hybrid.model.generate, []
+    monkeypatch.setattr(hybrid.model, "generate", lambda prompts, **call: asked.extend(prompts) or own(prompts, **call))
+    assert generate(hybrid, [(text, options) for text in texts]) == want
+    assert asked == kept
 
 
 @pytest.mark.parametrize(
@@ -219,7 +222,7 @@ def test_prompts_beyond_the_reach_of_softmax_are_cut_from_the_left(hybrid):
     ],
 )
 def test_a_generation_that_is_not_served_is_refused(hybrid, options, message):
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(EvaluationError, match=message):
         generate(hybrid, [("a", options)])
 
 
@@ -380,6 +383,7 @@ def test_evaluate_prints_and_writes_the_scores(folder, rows_folder, linear, caps
         (["--tasks=piqua", "--task_data=."], "did you mean 'piqa'?"),
         (["--tasks=piqa", "--task_data=.", "--length=8"], "--length is not for benchmarks"),
         (["--tasks=piqa", "--task_data=.", "--limit=0"], "limit is 0; it must be at least 1"),
+        (["--tasks=piqa", "--task_data=.", "--batch_size=0"], "batch_size is 0; it must be at least 1"),
     ],
 )
 def test_what_the_user_can_put_right_is_one_line(folder, capsys, options, message):

@@ -213,7 +213,7 @@ def test_evaluate_takes_a_source_and_a_model_folder(workdir, capsys, tmp_path):
         (["--split=test"], "--split is not for a language model"),
         (["--limit=3"], "--limit is not for a language model"),
         (["--source=nowhere.txt"], "nowhere.txt"),
-        (["--output=/nowhere/x.json"], "--output is '/nowhere/x.json', which cannot be written"),
+        (["--output=/nowhere/x.json"], "output is '/nowhere/x.json', which cannot be written"),
     ],
 )
 def test_what_the_user_can_put_right_is_one_line(workdir, capsys, options, message):

@@ -74,7 +74,7 @@ def test_pieces(length, lengths, want):
 
 
 def test_prompts_of_any_lengths_are_prefilled_together():
-    """One in many pieces, one in the last of them alone; three rows in a program of four."""
+    """One in many pieces, one in the first of them alone; three rows in a program of four."""
     tokens = draw_tokens(3, 30)
     lengths = (30, 10, 1)
     logits, cache = prefill(

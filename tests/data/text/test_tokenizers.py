@@ -327,6 +327,12 @@ def test_training_that_cannot_be(tmp_path, monkeypatch, capsys, arguments, messa
     assert os.listdir() == ["a.txt"]
 
 
+def test_a_pair_that_occurs_once_is_no_token(tmp_path):
+    (tmp_path / "a.txt").write_text("abcdef")
+    with pytest.raises(TextError, match=r"vocab_size is 258; the text of .*a\.txt' gives 257 at most"):
+        train_bpe(open_source(str(tmp_path / "a.txt")), 258, tmp_path / "a.json")
+
+
 def test_training_reads_fields_and_separators(tmp_path):
     (tmp_path / "a.jsonl").write_text('{"code": "abab abab abab"}\n')
     output = tmp_path / "a.json"
