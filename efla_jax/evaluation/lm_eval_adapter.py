@@ -230,7 +230,7 @@ class EflaLM(TemplateLM):
                 )
         return dict(
             max_new_tokens=options["max_gen_toks"],
-            temperature=float(options.get("temperature", 0.0)) if options["do_sample"] else 0.0,
+            temperature=float(options.get("temperature", 0.0)),
             top_k=int(options.get("top_k", 0)),
             top_p=float(options.get("top_p", 1.0)),
             stop=[text for text in options["until"] if text],

@@ -2,7 +2,7 @@
 
 import math
 from dataclasses import dataclass
-from typing import Literal, NamedTuple, get_args
+from typing import Literal, NamedTuple, cast, get_args
 
 import jax
 import jax.numpy as jnp
@@ -255,7 +255,8 @@ class EFLA(nnx.Module):
             initial_state = cache.state if cache else None
             mixed_BTHV, state = efla_attention(
                 query, key, value, beta, log_decay=log_decay, initial_state=initial_state, segment_ids=segment_ids,
-                implementation=config.implementation, partition_spec=partition_spec, **options,
+                implementation=cast(ImplementationName | None, config.implementation), partition_spec=partition_spec,
+                **options,
             )  # fmt: skip
         if config.output_norm:
             mixed_BTHV = self.norm(mixed_BTHV)

@@ -30,3 +30,13 @@ def losses(config, inputs, targets):
     most = rows.max(axis=1)
     lse = most + np.log(np.exp(rows - most[:, None]).sum(axis=1))
     return lse - rows[np.arange(len(rows)), list(targets)]
+
+
+def pair_by_hand(config, context, continuation):
+    """(log p, greedy) of a continuation's bytes behind the separator and the context's, of the last that fit."""
+    row = [SEPARATOR, *(context + continuation).encode()]
+    if config.reach is not None:
+        row = row[-(config.reach + 1) :]
+    count = len(continuation.encode())
+    total = -losses(config, row[:-1], row[1:])[-count:].sum()
+    return total, bool((logits(config, row[:-1]).argmax(axis=1)[-count:] == row[-count:]).all())

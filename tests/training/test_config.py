@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from efla_jax.models import ClassifierConfig, LastStateConfig
+from efla_jax.models import ClassifierConfig, LanguageModelConfig, LastStateConfig
 from efla_jax.training import config as config_module
 from efla_jax.training.config import (
     Config,
@@ -95,6 +95,7 @@ def test_a_config_is_frozen():
         ("--config.optimizer.schedule=cosin", "config.optimizer.schedule is 'cosin'.*did you mean 'cosine'"),
         ("--config.data.source=mnits", "config.data.source is 'mnits'.*did you mean 'mnist'"),
         ("--config.model.mixer.beta=sigmod", "beta is 'sigmod'.*did you mean 'sigmoid'"),
+        ("--config.data.source=python:train", "source is 'python:train'; for a Classifier it must be 'mnist'"),
         ("--config.train.steps=0", "config.train.steps is 0; it must be at least 1"),
         ("--config.train.seed=-1", "config.train.seed is -1; it must be at least 0"),
         ("--config.optimizer.peak_lr=-1", "config.optimizer.peak_lr is -1.0; it must be at least 0"),
@@ -120,7 +121,13 @@ def test_a_bad_override_is_named(argument, message):
         (TrainConfig, dict(checkpoint_every=0)),
         (TrainConfig, dict(log_every=0)),
         (TrainConfig, dict(keep=0)),
+        (TrainConfig, dict(parts=0)),
+        (TrainConfig, dict(parts=3, batch_size=8)),
+        (TrainConfig, dict(z_loss=-1.0)),
+        (DataConfig, dict(sequence_length=1)),
         (OptimizerConfig, dict(warmup_steps=-1)),
+        (OptimizerConfig, dict(start_lr=-1.0)),
+        (OptimizerConfig, dict(decayed="matrix")),
         (OptimizerConfig, dict(end_lr=-1.0)),
         (OptimizerConfig, dict(weight_decay=-0.1)),
         (OptimizerConfig, dict(clip_norm=-1.0)),
@@ -130,7 +137,7 @@ def test_a_bad_override_is_named(argument, message):
     ],
 )
 def test_a_section_checks_itself(section, changes):
-    with pytest.raises(ConfigError) as error:
+    with pytest.raises(ValueError, match=f"{next(iter(changes))}|config.mesh") as error:
         section(**changes)
     assert str(next(iter(changes.values()))) in str(error.value)
 
@@ -209,6 +216,9 @@ def test_every_shipped_config(spec):
     config = load_config(spec)
     assert from_json(to_json(config)) == config
     deltanet = spec.endswith(":deltanet")
+    if isinstance(config.model, LanguageModelConfig):
+        assert config.model.mixers == (("deltanet",) if deltanet else ("efla",))
+        return
     rule: Any = config.model.mixer if isinstance(config.model, ClassifierConfig) else config.model
     assert (rule.integrator, rule.normalize_keys) == (("euler", True) if deltanet else ("exact", False))
 
@@ -217,7 +227,7 @@ def test_every_shipped_config(spec):
 def test_a_shipped_config_gives_its_command(file):
     text = file.read_text()
     commands = re.findall(r"efla train --config=(\S+) --workdir=\S+", text.split('"""')[1])
-    assert f"configs/{file.name}" in commands
+    assert commands
     assert all(command.partition(":")[0] == f"configs/{file.name}" for command in commands)
     for command in commands:
         load_config(command)
@@ -225,14 +235,23 @@ def test_a_shipped_config_gives_its_command(file):
 
 @pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
 def test_a_wrong_argument_of_a_shipped_config_is_named(file):
-    with pytest.raises(ConfigError, match="'elfa'; it must be efla or deltanet"):
+    with pytest.raises(ConfigError, match=r"'elfa'; it must be (efla or deltanet|one of efla, .*)"):
         load_config(f"configs/{file.name}:elfa")
 
 
 def test_rules_differ_in_the_rule_alone():
     for file in FILES:
         found = differences(load_config(f"configs/{file.name}:deltanet"), load_config(f"configs/{file.name}:efla"))
-        assert sorted(line.partition(":")[0].rpartition(".")[2] for line in found) == ["integrator", "normalize_keys"]
+        fields = sorted(line.partition(":")[0].rpartition(".")[2] for line in found)
+        assert fields in (["integrator", "normalize_keys"], ["mixers"])
+
+
+def test_each_kind_of_model_has_a_source_of_its_own():
+    assert Config().source == "mnist"
+    text = Config(model=LanguageModelConfig())
+    assert (text.source, text.record_tokens) == ("python:train", 512)
+    with pytest.raises(ConfigError, match="source is 'mnist'; for a LanguageModel it must be a text source"):
+        dataclasses.replace(text, data=DataConfig(source="mnist"))
 
 
 # ---- JSON ----

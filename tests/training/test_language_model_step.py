@@ -71,13 +71,18 @@ def compiled(sizes=(1, 1, 1), parts=1):
         return program, program.step.lower(program.form, form).compile(), place
 
 
+def placed(program):
+    """The first state where the program wants it, copied first: the step donates it. Call outside `jax.set_mesh`."""
+    copies = jax.tree.map(jnp.copy, first_state())
+    return jax.tree.map(lambda x, form: jax.device_put(x, form.sharding), copies, program.form)
+
+
 @functools.cache
 def trained(sizes=(1, 1, 1), parts=1, steps=3):
     """The state after each step, on the host but for the last, and the metrics."""
     program, step, place = compiled(sizes, parts)
-    states, metrics = [], []
+    state, states, metrics = placed(program), [], []
     with jax.set_mesh(program.mesh):
-        state = jax.tree.map(lambda x, form: jax.device_put(jnp.copy(x), form.sharding), first_state(), program.form)
         for number in range(steps):
             state, measured = step(state, jax.device_put(draw(number), place))
             metrics.append(jax.device_get(measured))
@@ -163,8 +168,8 @@ def test_a_batch_without_targets_changes_nothing_but_by_decay():
     """It is no division by zero."""
     batch = draw() | dict(targets=np.full((BATCH_SIZE, LENGTH), -1, np.int32))
     program, step, place = compiled()
+    state = placed(program)
     with jax.set_mesh(program.mesh):
-        state = jax.tree.map(lambda x, form: jax.device_put(jnp.copy(x), form.sharding), first_state(), program.form)
         _, measured = step(state, jax.device_put(batch, place))
     assert measured["loss"] == measured["grad_norm"] == 0
 
@@ -172,7 +177,7 @@ def test_a_batch_without_targets_changes_nothing_but_by_decay():
 # ---- in parts ----
 
 
-@pytest.mark.parametrize("parts", [2, 4])
+@pytest.mark.parametrize("parts", [4, pytest.param(2, marks=pytest.mark.slow)])
 def test_a_batch_in_parts_is_the_batch(parts):
     """The parts have different numbers of targets; a mean of their means would be another number."""
     counts = [np.sum(draw()["targets"][part::parts] >= 0) for part in range(parts)]
@@ -187,15 +192,15 @@ def test_a_batch_in_parts_is_the_batch(parts):
 
 # ---- on a mesh ----
 
-# (1, 4, 2) gathers parameters over four devices and splits heads; the others cost as long again to compile
-MESHES = [(1, 4, 2), *(pytest.param(sizes, marks=pytest.mark.slow) for sizes in ((8, 1, 1), (2, 2, 2)))]
+# (sizes, parts). The first gathers parameters over four devices and splits heads; each takes seconds to compile.
+MESHES = [((1, 4, 2), 1), *(pytest.param(*case, marks=pytest.mark.slow) for case in (((8, 1, 1), 1), ((2, 2, 2), 2)))]
 
 
-@pytest.mark.parametrize("sizes", MESHES, ids=str)
-def test_training_on_a_mesh(sizes):
-    """Losses, gradients, gates and parameters are one device's, and nothing that has tokens is gathered or moved."""
-    program, step, _ = compiled(sizes)
-    (want_state, _, want), (state, _, got) = trained(), trained(sizes)
+@pytest.mark.parametrize(("sizes", "parts"), MESHES, ids=str)
+def test_training_on_a_mesh(sizes, parts):
+    """Losses, gradients, gates and parameters are one device's, and what is gathered is parameters alone."""
+    program, step, _ = compiled(sizes, parts)
+    (want_state, _, want), (state, _, got) = trained(), trained(sizes, parts)
     for name in ("loss", "grad_norm", "leaf_norms", "gate/00"):
         np.testing.assert_allclose([x[name] for x in got], [x[name] for x in want], rtol=1e-4, atol=1e-7)
     for leaf, other in zip(*(jax.tree.leaves(x["params"]) for x in (state, want_state)), strict=True):
@@ -203,9 +208,9 @@ def test_training_on_a_mesh(sizes):
     for leaf, form in zip(jax.tree.leaves(state), jax.tree.leaves(program.form), strict=True):
         assert leaf.sharding.is_equivalent_to(form.sharding, leaf.ndim)
     gathers = gathered(step.as_text())
-    print(sorted(gathers))
-    largest = max(math.prod(leaf.shape) for leaf in jax.tree.leaves(program.form["params"]))
-    assert [shape for shape in gathers if LENGTH in shape or math.prod(shape) > largest] == []
+    largest = max(leaf.size for leaf in jax.tree.leaves(program.form["params"]))
+    of_tokens = lambda shape: LENGTH in shape or len(shape) > 2 or math.prod(shape) > largest
+    assert [shape for shape in gathers if of_tokens(shape)] == []
     assert bool(gathers) == (sizes[1] > 1)  # fsdp does gather parameters: the search finds what there is
 
 
@@ -233,18 +238,21 @@ def of_mixers(*mixers):
     return Config(model=model, optimizer=OptimizerConfig(peak_lr=1e-2), train=TrainConfig(batch_size=2))
 
 
-def test_a_model_of_every_mixer_trains():
+KINDS = ("gated_efla", "v4_deltanet", "softmax", "sliding_window")  # with all that the other names have
+
+
+def test_a_model_of_every_kind_of_mixer_trains():
     """Each parameter of each mixer has a gradient, and what it can remember of one batch it does."""
-    losses, norms = falls(of_mixers(*MIXERS))
+    losses, norms = falls(of_mixers(*KINDS))
     assert losses[0] == pytest.approx(math.log(VOCAB), rel=0.1)
-    assert losses[-1] < losses[0] / 4
+    assert losses[-1] < losses[0] / 2
     assert [name for name, norm in norms.items() if not norm > 0] == []
-    assert {name.split("/")[1] for name in norms if "mixer" in name} == {str(number) for number in range(len(MIXERS))}
+    assert {name.split("/")[1] for name in norms if "mixer/" in name} == {str(number) for number in range(len(KINDS))}
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("mixer", MIXERS)
 def test_each_mixer_trains(mixer):
     losses, norms = falls(of_mixers(mixer))
-    assert losses[-1] < losses[0] / 4
+    assert losses[-1] < losses[0] / 2
     assert all(norm > 0 for norm in norms.values())

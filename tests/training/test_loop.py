@@ -15,6 +15,7 @@ import pytest
 from jax.sharding import NamedSharding
 
 from efla_jax import cli
+from efla_jax.data import mnist
 from efla_jax.data.pipeline import BatchIterator, batches
 from efla_jax.training import loop
 from efla_jax.training.checkpoint import CheckpointError, CheckpointMismatchError
@@ -59,7 +60,7 @@ def by_hand():
     """The same steps without the loop: the metrics of each, the state after the last, and the position in the data."""
     config = small_config()
     mesh = make_mesh(config.mesh)
-    source = loop.mnist.Digits(*small_run.random_pixels("train"))
+    source = mnist.Digits(*small_run.random_pixels("train"))
     data = batches(source, batch_size=config.train.batch_size, seed=config.train.seed)
     with jax.set_mesh(mesh):
         program = make_program(config, mesh)
@@ -142,11 +143,12 @@ def test_intervals_of_logging_and_saving(tmp_path, monkeypatch, finished):
     monkeypatch.setattr(loop, "time", types.SimpleNamespace(monotonic=lambda: float(next(ticks))))
     config = small_config(steps=10, log_every=3, checkpoint_every=4, keep=2)
     assert train(config, tmp_path / "run") == 10
-    assert metric(tmp_path / "run", "step") == [3, 6, 9]
-    assert metric_lines(tmp_path / "run") == metric_lines(finished)[2:9:3]
+    assert metric(tmp_path / "run", "step") == [1, 3, 6, 9]  # the first step is logged always
+    of_all = metric_lines(finished)
+    assert metric_lines(tmp_path / "run") == [of_all[step - 1] for step in (1, 3, 6, 9)]
     assert checkpoint_names(tmp_path / "run") == ["10", "8"]  # 4 is gone; the last step is saved always
-    # three steps of 8 records of 7 tokens, by a clock that goes on by a second each time it is read
-    assert metric(tmp_path / "run", "tokens_per_second") == [3 * 8 * 7.0] * 3
+    # steps of 8 records of 7 tokens, by a clock that goes on by a second each time it is read
+    assert metric(tmp_path / "run", "tokens_per_second") == [steps * 8 * 7.0 for steps in (1, 2, 3, 3)]
     assert list((tmp_path / "run" / "tensorboard").iterdir())
     assert from_json((tmp_path / "run" / "config.json").read_text()) == config
 

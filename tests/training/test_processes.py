@@ -30,6 +30,7 @@ from tests.training.small_run import (
 )
 
 STEPS = 60
+PATIENCE = 200  # s for processes that should end; below pytest's own limit, which would leave them behind
 Children = list[subprocess.Popen[str]]
 
 
@@ -72,7 +73,14 @@ def run(workdir: Path, address: str, *options: str, devices: int = 2) -> None:
     """Two processes from where the workdir is to the end."""
     with processes([workdir, workdir], address, *options, devices=devices) as children:
         for child in children:
-            assert last_line(finish(child)[0]).startswith("trained to step ")
+            assert last_line(finished(child)).startswith("trained to step ")
+
+
+def finished(child: subprocess.Popen[str]) -> str:
+    """What the child, which must succeed, has written to stdout."""
+    output, errors = child.communicate(timeout=PATIENCE)
+    assert child.returncode == 0, errors
+    return output
 
 
 def last_line(output: str) -> str:
@@ -81,7 +89,9 @@ def last_line(output: str) -> str:
 
 
 def wait_for_checkpoint(workdir: Path, step: int, children: Children) -> None:
+    deadline = time.monotonic() + PATIENCE
     while not (workdir / "checkpoints" / str(step)).exists():
+        assert time.monotonic() < deadline
         for child in children:
             assert child.poll() is None, child.communicate()
         time.sleep(0.005)
@@ -104,7 +114,7 @@ def test_two_processes_train_as_one_does(tmp_path, address):
     with processes([tmp_path / "two"] * 2, address, "--config.train.steps=6", devices=2) as children:
         train(config, tmp_path / "one")
         for child in children:
-            finish(child)
+            finished(child)
     assert_losses_to_rounding(tmp_path / "two", tmp_path / "one")
     assert len(set(metric(tmp_path / "one", "loss"))) == 6
     assert checkpoint_names(tmp_path / "two") == ["3", "6"]
@@ -219,7 +229,7 @@ def test_sigterm_to_one_stops_all_at_one_step_and_another_number_of_processes_go
     with processes([workdir] * 2, address, *options, devices=2) as children:
         wait_for_checkpoint(workdir, 3, children)
         children[told].terminate()
-        lines = [last_line(finish(child)[0]) for child in children]
+        lines = [last_line(finished(child)) for child in children]
     match = re.fullmatch(r"stopped at step (\d+) of 3000, saved; the same command goes on from there", lines[0])
     assert match, lines
     assert lines[1] == lines[0]
@@ -251,7 +261,7 @@ def test_two_processes_go_on_from_one(tmp_path, address, uninterrupted):
 def test_a_workdir_that_is_not_shared_is_refused_by_all(tmp_path, address):
     with processes([tmp_path / "a", tmp_path / "b"], address, devices=2) as children:
         for child, name in zip(children, "ab", strict=True):
-            _, errors = child.communicate()
+            _, errors = child.communicate(timeout=PATIENCE)
             assert child.returncode == 2
             message = "which is another directory for processes [1] than for process 0; it must be on a file system"
             assert f"efla train: --workdir is '{tmp_path / name}', {message}" in errors
@@ -272,7 +282,7 @@ def test_configs_that_differ_are_refused_by_all(tmp_path, monkeypatch):
         children.append(start(tmp_path / "run", *options, devices=2))
     with none_left(children):
         for child in children:
-            _, errors = child.communicate()
+            _, errors = child.communicate(timeout=PATIENCE)
             assert child.returncode == 2
             assert "efla train: the config differs: processes [1] have another one than process 0" in errors
     assert not (tmp_path / "run").exists()

@@ -11,8 +11,8 @@ import pytest
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from efla_jax.layers import MixerConfig
-from efla_jax.models import ClassifierConfig, LastStateConfig
+from efla_jax.layers import AttentionConfig, MixerConfig
+from efla_jax.models import ClassifierConfig, LanguageModelConfig, LastStateConfig
 from efla_jax.training.config import Config, ConfigError, MeshConfig, OptimizerConfig
 from efla_jax.training.loop import make_program
 from efla_jax.training.sharding import AXES, BATCH, leaf_name, make_mesh, state_shardings
@@ -83,19 +83,38 @@ CLASSIFIER_SPECS = {
     "blocks/0/mlp/gate/kernel": ("fsdp", "tensor"),
     "blocks/0/mlp/up/kernel": ("fsdp", "tensor"),
     "blocks/0/mlp/down/kernel": ("tensor", "fsdp"),
-    "head/kernel": ("fsdp", None),
+    "head/kernel": ("fsdp", "tensor"),
 }
 LAST_STATE_SPECS = {
     "embed/kernel": (None, "fsdp"),
     "position": (None, "fsdp"),
     **{f"{name}/kernel": ("fsdp", "tensor") for name in ("query", "key", "value")},
     "beta/kernel": ("fsdp", None),  # one head
+    "head/kernel": ("fsdp", "tensor"),
+}
+LANGUAGE_MODEL = LanguageModelConfig(
+    features=16, layers=2, mixers=("v4_efla", "softmax"), mixer=MIXER, attention=AttentionConfig(heads=2, head_dim=4)
+)
+_SPLIT = {True: ("fsdp", "tensor"), False: ("tensor", "fsdp")}  # what makes heads or hidden units, what takes them
+LANGUAGE_MODEL_SPECS = {
+    "embed/embedding": (None, "fsdp"),  # 257 tokens, which two devices cannot share
+    **{
+        f"blocks/0/mixer/{name}/kernel": _SPLIT[name != "out"]
+        for name in ("query", "key", "value", "beta", "gate", "out")
+    },
+    "blocks/0/mixer/decay/kernel": ("fsdp", "tensor"),
+    **{f"blocks/1/mixer/{name}/kernel": _SPLIT[name != "out"] for name in ("query", "key", "value", "out")},
+    **{
+        f"blocks/{block}/mlp/{name}/kernel": _SPLIT[name != "down"] for block in "01" for name in ("gate", "up", "down")
+    },
     "head/kernel": ("fsdp", None),
 }
 
 
 @pytest.mark.parametrize(
-    ("model", "want"), [(MODEL, CLASSIFIER_SPECS), (LastStateConfig(), LAST_STATE_SPECS)], ids=["stack", "last state"]
+    ("model", "want"),
+    [(MODEL, CLASSIFIER_SPECS), (LastStateConfig(), LAST_STATE_SPECS), (LANGUAGE_MODEL, LANGUAGE_MODEL_SPECS)],
+    ids=["stack", "last state", "language model"],
 )
 def test_parameters_and_their_moments_follow_the_rules(model, want):
     """What is not named, such as norms, biases, counters and the key, is replicated."""

@@ -87,6 +87,11 @@ def test_cosine_schedule():
     np.testing.assert_allclose(rates(20, range(22), **options, warmup_steps=4), want, rtol=1e-5)
 
 
+def test_warm_up_may_start_above_zero():
+    options = dict(peak_lr=1.0, start_lr=0.2, warmup_steps=4)
+    np.testing.assert_allclose(rates(20, range(6), **options), [0.2, 0.4, 0.6, 0.8, 1, 1], rtol=1e-6)
+
+
 def test_degenerate_schedules():
     assert rates(5, (0, 3), peak_lr=0.0, schedule="cosine") == [0, 0]
     assert rates(3, (3, 4), peak_lr=1.0, schedule="cosine", warmup_steps=3)[0] == 1.0  # all of it is warm-up
@@ -106,6 +111,16 @@ def test_adamw_decays_weights_apart_from_the_gradient():
     np.testing.assert_allclose(
         first_update(gradient, params, weight_decay=0, clip_norm=0), -0.1 * np.sign(gradient), rtol=1e-4
     )
+
+
+def test_decay_may_be_of_matrices_alone():
+    params = {"matrix": jnp.full((2, 2), 3.0), "vector": jnp.full(2, 3.0)}
+    for decayed, vector in (("all", -0.1 * 0.2 * 3), ("matrices", 0.0)):
+        optimizer = make_optimizer(OptimizerConfig(weight_decay=0.2, decayed=decayed), 0.1)
+        zeros = jax.tree.map(jnp.zeros_like, params)
+        updates, _ = optimizer.update(zeros, optimizer.init(params), params)
+        np.testing.assert_allclose(updates["matrix"], -0.1 * 0.2 * 3, rtol=1e-6)
+        np.testing.assert_allclose(updates["vector"], vector, rtol=1e-6)
 
 
 @pytest.mark.parametrize(("clip", "scale"), [(1.0, 0.2), (5.0, 1.0), (10.0, 1.0), (0.0, 1.0)])

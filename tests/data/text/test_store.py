@@ -18,6 +18,7 @@ import tokenizers
 from tokenizers import models, pre_tokenizers
 
 from efla_jax.data.text import TextError
+from efla_jax.data.text import store as store_module
 from efla_jax.data.text.sources import FileSource, open_source
 from efla_jax.data.text.store import tokenise
 from efla_jax.data.text.tokenizers import ByteTokenizer, JsonTokenizer
@@ -67,7 +68,7 @@ def words(count):
 
 def test_tokens_are_those_of_the_documents(source, cache, monkeypatch):
     check(tokenise(source, ByteTokenizer(), cache))
-    monkeypatch.setattr("efla_jax.data.text.store._BATCH_CHARACTERS", 9)
+    monkeypatch.setattr(store_module, "_BATCH_CHARACTERS", 9)
     check(tokenise(source, ByteTokenizer(), cache.with_name("other")))
 
 
@@ -187,6 +188,26 @@ def test_another_process_is_first(source, cache, damaged):
     check(tokenise(source, ByteTokenizer(), cache))
 
 
+def test_another_process_removes_the_damaged_entry(source, cache, monkeypatch):
+    """Just as this one, its tokens made, looks at the entry for the second time."""
+    tokenise(source, ByteTokenizer(), cache)
+    (name,) = entries(cache)
+    flip(cache / name / "tokens")
+    opened = []
+
+    def open_overtaken(folder, real=store_module._open):
+        opened.append(folder)
+        if opened.count(cache / name) == 2:
+            shutil.rmtree(cache / name)
+        return real(folder)
+
+    monkeypatch.setattr(store_module, "_open", open_overtaken)
+    check(tokenise(source, ByteTokenizer(), cache))
+    assert opened.count(cache / name) == 2
+    assert entries(cache) == [name]
+    check(tokenise(source, ByteTokenizer(), cache))
+
+
 @pytest.mark.parametrize("damaged", [False, True])
 def test_several_at_once(source, cache, damaged):
     """They meet at an entry that is missing, or that all of them find damaged."""
@@ -232,7 +253,7 @@ def test_a_cache_that_cannot_be(source, tmp_path):
 
 
 def test_a_source_that_fails_midway_leaves_nothing(tmp_path, cache, monkeypatch):
-    monkeypatch.setattr("efla_jax.data.text.store._BATCH_CHARACTERS", 1)
+    monkeypatch.setattr(store_module, "_BATCH_CHARACTERS", 1)
     path = Path(tmp_path, "a.jsonl")
     path.write_text('{"text": "good"}\n{"txt": "bad"}\n')
     with pytest.raises(TextError, match="row 2 has no field 'text'"):
