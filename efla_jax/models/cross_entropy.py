@@ -10,8 +10,9 @@ from jaxtyping import Array, Float, Int
 _CHUNK_ELEMENTS = 2**26
 
 
-def _chunk_size(batch: int, length: int, vocab: int) -> int:
-    return max(1, min(length, _CHUNK_ELEMENTS // max(batch * vocab, 1)))
+def _chunk_size(targets_BT, kernel_EV) -> int:
+    batch, length = targets_BT.shape
+    return max(1, min(length, _CHUNK_ELEMENTS // max(batch * kernel_EV.shape[1], 1)))
 
 
 def _sum_dtype(hidden: jax.Array) -> jnp.dtype:
@@ -78,7 +79,7 @@ def summed_loss(
 
 def _forward(hidden_BTE, kernel_EV, targets_BT, chunk):
     """-> -log p(target) and log-sum-exp, both [B, T]."""
-    chunk = chunk or _chunk_size(*targets_BT.shape, kernel_EV.shape[1])
+    chunk = chunk or _chunk_size(targets_BT, kernel_EV)
     kernel_EV = kernel_EV.astype(hidden_BTE.dtype)
     count, cut = _chunks(hidden_BTE, targets_BT, chunk)
 
@@ -92,7 +93,7 @@ def _forward(hidden_BTE, kernel_EV, targets_BT, chunk):
 
 
 def _summed_loss_forward(hidden_BTE, kernel_EV, targets_BT, z_loss, chunk):
-    chunk = chunk or _chunk_size(*targets_BT.shape, kernel_EV.shape[1])
+    chunk = chunk or _chunk_size(targets_BT, kernel_EV)
     dtype, total = hidden_BTE.dtype, _sum_dtype(hidden_BTE)
     compute_EV = kernel_EV.astype(dtype)
     count, cut = _chunks(hidden_BTE, targets_BT, chunk)

@@ -114,7 +114,7 @@ class Block(nnx.Module):
     def __call__(self, x_BTE, *, cache=None, segment_ids=None, lengths=None, partition_spec=None):
         """-> (x, cache, strength of the mixer's gate float32 [B, T], NaN where it has none)."""
         options = dict(cache=cache, segment_ids=segment_ids, lengths=lengths, partition_spec=partition_spec)
-        if self.has_gate:
+        if isinstance(self.mixer, EFLA):
             mixed_BTE, cache, strength_BT = self.mixer.mix(self.mixer_norm(x_BTE), **options)
         else:
             mixed_BTE, cache = self.mixer(self.mixer_norm(x_BTE), **options)

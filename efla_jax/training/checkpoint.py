@@ -24,6 +24,7 @@ import jax
 from jax.experimental import multihost_utils
 from orbax.checkpoint import v1 as ocp
 
+from efla_jax.errors import UserError
 from efla_jax.training import manifest
 
 # Top-level name -> pytree of jax.Array, or of jax.ShapeDtypeStruct where only the form is needed.
@@ -32,7 +33,7 @@ State = dict[str, Any]
 logger = logging.getLogger(__name__)
 
 
-class CheckpointError(Exception):
+class CheckpointError(UserError):
     """Checkpoints cannot be written or read; the message names the directory and the reason."""
 
 

@@ -15,13 +15,14 @@ from absl import flags
 from ml_collections import config_flags
 
 from efla_jax.choices import check_choice, nearest
+from efla_jax.errors import UserError
 from efla_jax.models import ClassifierConfig, LanguageModelConfig, ModelConfig
 
 Schedule = Literal["constant", "cosine"]
 Decayed = Literal["all", "matrices"]
 
 
-class ConfigError(ValueError):
+class ConfigError(UserError, ValueError):
     """A config file, field or value that does not fit."""
 
 
@@ -144,8 +145,7 @@ class Config:
     @property
     def record_tokens(self) -> int:
         """Tokens of one record, for throughput."""
-        text = isinstance(self.model, LanguageModelConfig)
-        return self.data.sequence_length if text else self.model.tokens
+        return self.data.sequence_length if isinstance(self.model, LanguageModelConfig) else self.model.tokens
 
 
 def find_config(name: str) -> Path:

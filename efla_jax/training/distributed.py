@@ -21,6 +21,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding
 
+from efla_jax.errors import UserError
 from efla_jax.training.config import ConfigError
 
 # A process that is silent for so long is taken for dead, and the others end. JAX's own 100 s waste a cluster's time.
@@ -29,7 +30,7 @@ HEARTBEAT_SECONDS = 10
 logger = logging.getLogger(__name__)
 
 
-class LostProcessError(RuntimeError):
+class LostProcessError(UserError, RuntimeError):
     """JAX failed while several processes worked together, as it does where one of them has ended."""
 
 

@@ -23,6 +23,7 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding
 
 from efla_jax.data.pipeline import batches
+from efla_jax.errors import UserError
 from efla_jax.models import build
 from efla_jax.training.checkpoint import CheckpointError, Checkpoints, load_newest
 from efla_jax.training.config import Config, ConfigError, differences, from_json, to_json
@@ -57,7 +58,7 @@ _FREE_FIELDS = (
 )  # fmt: skip
 
 
-class NonFiniteError(ArithmeticError):
+class NonFiniteError(UserError, ArithmeticError):
     """The loss or a gradient is not finite; the message names the step and the culprit."""
 
 

@@ -30,7 +30,7 @@ def main(argv: list[str]) -> None:
     logging.set_verbosity(logging.WARNING)
     one_epoch = ["--config.train.steps=469"]
     arms = [Arm(name, override(load_config(f"configs/smnist.py:{name.lower()}"), one_epoch)) for name in _RULES]
-    tokens = arms[0].config.model.tokens
+    tokens = arms[0].config.record_tokens
     print(f"Training EFLA and DeltaNet on sequential MNIST, {tokens} tokens a digit; a few minutes on two CPU cores.")
     outcome = run_arms(arms, [0], _DATA.value)
     results = provenance("make demo") | {"seeds": 1, "arms": outcome}

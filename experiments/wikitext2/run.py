@@ -17,6 +17,7 @@ from efla_jax.data.text.sources import open_source
 from efla_jax.data.text.store import tokenise
 from efla_jax.data.text.tokenizers import load_tokenizer, train_bpe
 from efla_jax.evaluation.perplexity import line_ends
+from efla_jax.models import LanguageModelConfig
 from efla_jax.training.config import load_config
 from experiments.provenance import provenance
 from experiments.wikitext2.report import write
@@ -49,6 +50,7 @@ def main(argv: list[str]) -> None:
     arms = {}
     for name in _ARMS.value:
         config = load_config(f"configs/lm_wikitext2.py:{name}")
+        assert isinstance(config.model, LanguageModelConfig)
         tokens = len(stores["train"].tokens) + stores["train"].documents
         steps = _EPOCHS.value * tokens // (config.train.batch_size * config.data.sequence_length)
         config = dataclasses.replace(

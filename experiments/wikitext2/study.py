@@ -3,7 +3,7 @@
 import dataclasses
 import sys
 import time
-from typing import Any
+from typing import Any, get_args
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +13,7 @@ from tqdm import tqdm
 from efla_jax.data.pipeline import batches
 from efla_jax.data.text.packing import PackedRows
 from efla_jax.data.text.store import TokenStore
-from efla_jax.evaluation.perplexity import evaluation_rows, score
+from efla_jax.evaluation.perplexity import Protocol, evaluation_rows, score
 from efla_jax.training.config import Config
 from efla_jax.training.objectives import objective_of
 from efla_jax.training.step import graph_of, initial_state, make_optimizer, make_train_step, schedule
@@ -58,7 +58,9 @@ def train_grid(
     return state["params"], {key: np.stack([entry[key] for entry in history]) for key in history[0]}
 
 
-def losses(config: Config, params: Any, store: TokenStore, separator: int, protocol: str, length: int) -> np.ndarray:
+def losses(
+    config: Config, params: Any, store: TokenStore, separator: int, protocol: Protocol, length: int
+) -> np.ndarray:
     """Total negative log-likelihood in nats of a text under each model [rates, seeds] of stacked parameters."""
     rows = evaluation_rows(store, separator, protocol, length, length if protocol == "packed" else length // 2)
     rate_count, seed_count = jax.tree.leaves(params)[0].shape[:2]
@@ -85,7 +87,7 @@ def run_arm(name: str, config: Config, stores: dict[str, TokenStore], separator:
     chosen = jax.tree.map(lambda x: x[best : best + 1], params)
     test = {
         protocol: losses(config, chosen, stores["test"], separator, protocol, length)[0] / grid["words"]["test"]
-        for protocol in ("packed", "sliding")
+        for protocol in get_args(Protocol)
     }
     every = max(1, config.train.steps // 200)
     gates = {key: values[[0, -1], best].mean(axis=1).tolist() for key, values in history.items() if "gate" in key}

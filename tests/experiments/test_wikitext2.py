@@ -10,6 +10,7 @@ from efla_jax.data.text.sources import open_source
 from efla_jax.data.text.store import tokenise
 from efla_jax.data.text.tokenizers import load_tokenizer
 from efla_jax.layers import AttentionConfig, MixerConfig
+from efla_jax.models import LanguageModelConfig
 from efla_jax.training.config import load_config
 from experiments.wikitext2.report import table, write
 from experiments.wikitext2.study import run_arm, train_grid
@@ -31,9 +32,10 @@ def stores(tmp_path_factory):
 @pytest.fixture(scope="module")
 def config():
     config = load_config("configs/lm_wikitext2.py")
+    assert isinstance(config.model, LanguageModelConfig)
     mixer = MixerConfig(heads=2, key_dim=4, value_dim=4)
-    sizes = dict(vocab_size=257, features=8, layers=1, hidden=8)
-    model = dataclasses.replace(config.model, mixer=mixer, attention=AttentionConfig(heads=2, head_dim=4), **sizes)
+    attention = AttentionConfig(heads=2, head_dim=4)
+    model = LanguageModelConfig(257, 8, 1, 8, mixer=mixer, attention=attention, dtype="bfloat16")
     return dataclasses.replace(
         config,
         model=model,
