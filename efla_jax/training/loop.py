@@ -214,6 +214,7 @@ def train(config: Config, workdir: str | os.PathLike[str]) -> int:
     check_agreement("the config", to_json(config))
     path = open_workdir(workdir, config)
     records = open_records(config)
+    check_agreement("the training text", records.digest)
     if records.tokenizer is not None:
         keep_tokenizer(path, records.tokenizer)
     data = batches(

@@ -16,10 +16,11 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Records:
-    """source: random access to records, dicts of arrays. tokenizer: of text."""
+    """source: random access to records, dicts of arrays. Of text: the tokenizer, and the digest of all tokens."""
 
     source: Any
     tokenizer: Tokenizer | None = None
+    digest: str = ""
 
 
 def open_records(config: Config) -> Records:
@@ -37,7 +38,7 @@ def open_records(config: Config) -> Records:
     check_vocabulary(tokenizer, config.model)
     store = text_store(config.source, config.data, tokenizer)
     rows = PackedRows(store, config.data.sequence_length, tokenizer.separator, config.train.seed)
-    return Records(rows, tokenizer)
+    return Records(rows, tokenizer, store.digest)
 
 
 def text_store(spec: str, data: DataConfig, tokenizer: Tokenizer) -> TokenStore:

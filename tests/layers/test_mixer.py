@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import itertools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -35,7 +36,7 @@ def draw(seed=0, batch=2, length=LENGTH):
 
 
 @functools.cache
-def make(config, **options):
+def make(config, **options) -> Any:
     """Not jitted: what draws parameters is compiled once for all layers with the same shapes."""
     return EFLA(FEATURES, config, rngs=nnx.Rngs(3), **options)
 
@@ -356,7 +357,7 @@ STARTS = {
 
 
 def started(name, gate):
-    options = dict(STARTS[name])
+    options: dict[str, Any] = dict(STARTS[name])
     dtype = options.pop("dtype", jnp.float32)
     return EFLA(32, dataclasses.replace(GATE, initial_gate=gate, **options), rngs=nnx.Rngs(4), dtype=dtype)
 

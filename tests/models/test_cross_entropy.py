@@ -49,7 +49,7 @@ def with_gradients(loss_of, hidden, kernel, targets):
 def reference(z_loss=Z_LOSS):
     with jax.enable_x64(True):
         hidden, kernel, targets = draw()
-        return jax.device_get(with_gradients(lambda *x: plain(*x, z_loss), hidden, kernel, targets))
+        return jax.device_get(with_gradients(lambda *x: plain(*x, z_loss=z_loss), hidden, kernel, targets))
 
 
 @pytest.mark.parametrize("chunk", [None, 1, 4, LENGTH, 64])
@@ -79,7 +79,7 @@ def test_losses_of_tokens(chunk):
     logits = hidden @ kernel
     log_p = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
     want = -np.take_along_axis(log_p, np.maximum(targets, 0)[..., None], -1)[..., 0]
-    run = jax.jit(lambda *x: token_losses(*x, chunk))
+    run = jax.jit(lambda *x: token_losses(*x, chunk=chunk))
     got = run(jnp.asarray(hidden, jnp.float32), jnp.asarray(kernel, jnp.float32), targets)
     assert got.dtype == jnp.float32
     np.testing.assert_allclose(got, np.where(targets >= 0, want, 0), rtol=1e-5, atol=1e-5)
@@ -89,7 +89,7 @@ def test_large_logits_are_finite():
     hidden, kernel, targets = draw()
     hidden, kernel = jnp.asarray(1e3 * hidden, jnp.float32), jnp.asarray(kernel, jnp.float32)
     out, gradients = with_gradients(lambda *x: summed_loss(*x, 0.0, 4), hidden, kernel, targets)
-    want, _ = jax.jit(lambda *x: plain(*x, 0.0))(hidden, kernel, targets)
+    want, _ = jax.jit(lambda *x: plain(*x, z_loss=0.0))(hidden, kernel, targets)
     np.testing.assert_allclose(out[0], want, rtol=1e-5)
     assert all(np.all(np.isfinite(x)) for x in gradients)
 
@@ -106,9 +106,9 @@ def in_bfloat16():
     hidden = jnp.asarray(hidden, jnp.bfloat16)
     rounded = np.asarray(jnp.asarray(kernel, jnp.bfloat16), np.float64)
     with jax.enable_x64(True):
-        exact = with_gradients(lambda *x: plain(*x, 0.1), np.asarray(hidden, np.float64), rounded, targets)
+        exact = with_gradients(lambda *x: plain(*x, z_loss=0.1), np.asarray(hidden, np.float64), rounded, targets)
     kernel = jnp.asarray(rounded, jnp.float32)
-    whole = with_gradients(lambda *x: plain(*x, 0.1, jnp.float32), hidden, kernel, targets)
+    whole = with_gradients(lambda *x: plain(*x, z_loss=0.1, dtype=jnp.float32), hidden, kernel, targets)
     chunked = with_gradients(lambda *x: summed_loss(*x, 0.1, 5), hidden, kernel, targets)
     return [jax.tree.map(lambda x: np.asarray(x, np.float64), x) for x in (exact, whole, chunked)] + [chunked]
 
@@ -150,7 +150,7 @@ def compiled_text(loss_of):
 def test_all_logits_are_never_held():
     """Nothing in the program, forward and backward, is as large as [B, T, V]; with all logits at once something is."""
     whole = BATCH * LENGTH * VOCAB
-    assert max(sizes(compiled_text(lambda *x: plain(*x, Z_LOSS)))) >= whole
+    assert max(sizes(compiled_text(lambda *x: plain(*x, z_loss=Z_LOSS)))) >= whole
     assert max(sizes(compiled_text(lambda *x: summed_loss(*x, Z_LOSS, 4)))) == BATCH * 4 * VOCAB
 
 
@@ -176,6 +176,6 @@ def test_a_vocabulary_split_over_devices_stays_so():
         lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-5), (gradients, out), (want, want_out)
     )
     assert gradients[1].sharding.is_equivalent_to(NamedSharding(mesh, specs[1]), 2)
-    text = program.as_text()
+    text = program.as_text() or ""
     assert re.findall(r" (?:all-gather|all-to-all|collective-permute)(?:-start)?\(", text) == []
     assert re.findall(r" all-reduce(?:-start)?\(", text)  # sums over the vocabulary and the rows

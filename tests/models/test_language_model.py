@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import itertools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -32,9 +33,14 @@ PAIR = dataclasses.replace(TINY, layers=2, mixers=("efla", "sliding_window"))
 
 
 @functools.cache
-def make(config):
-    """Not jitted: what draws parameters is compiled once for all layers with the same shapes."""
-    return LanguageModel(config, rngs=nnx.Rngs(2))
+def make(config) -> Any:
+    """Not jitted: what draws parameters is compiled once for all layers with the same shapes. No norm's scale is 1."""
+    model = LanguageModel(config, rngs=nnx.Rngs(2))
+    rng = np.random.default_rng(0)
+    for path, leaf in nnx.to_flat_state(nnx.state(model, nnx.Param)):
+        if path[-1] == "scale":
+            leaf[...] = jnp.asarray(rng.uniform(0.5, 2, leaf.shape), jnp.float32)
+    return model
 
 
 @nnx.jit
@@ -89,15 +95,13 @@ def test_the_name_of_a_mixer_sets_rule_and_decay():
         (block,) = make(dataclasses.replace(TINY, mixers=(name,))).blocks
         config = block.mixer.config
         assert (config.integrator, config.normalize_keys, config.decay) == want
-        rest = dict(integrator="exact", normalize_keys=False, decay="none")
+        rest: Any = dict(integrator="exact", normalize_keys=False, decay="none")
         assert dataclasses.replace(config, **rest) == dataclasses.replace(TINY.mixer, **rest)
 
 
 def test_a_tied_head_is_the_embedding():
-    tied, hidden = (
-        make(dataclasses.replace(PAIR, tied=True)),
-        jnp.asarray(np.random.default_rng(0).normal(size=(3, 12))),
-    )
+    tied = make(dataclasses.replace(PAIR, tied=True))
+    hidden = jnp.asarray(np.random.default_rng(0).normal(size=(3, 12)))
     assert not hasattr(tied, "head")
     table = np.asarray(tied.embed.embedding[...], np.float64)
     close(tied.logits(hidden), np.asarray(hidden) @ table.T)
@@ -300,13 +304,15 @@ def test_what_a_config_says_of_its_mixers(change, key_heads, reach):
 
 def test_config_goes_through_json_and_flags():
     config = Config(model=dataclasses.replace(HYBRID, tied=True, remat="dots", dtype="bfloat16"))
-    again = from_json(to_json(config))
+    again: Any = from_json(to_json(config))
     assert again == config
     assert type(again.model) is LanguageModelConfig
     assert again.model.mixers == ("gated_efla", "softmax", "sliding_window")
     assert type(again.model.mixer) is MixerConfig
     assert type(again.model.attention) is AttentionConfig
-    changed = override(config, ["--config.model.mixers=('efla','softmax')", "--config.model.mixer.initial_gate=0.3"])
+    changed: Any = override(
+        config, ["--config.model.mixers=('efla','softmax')", "--config.model.mixer.initial_gate=0.3"]
+    )
     assert changed.model.mixers == ("efla", "softmax")
     assert sorted(line.partition(":")[0] for line in differences(changed, config)) == [
         "model.mixer.initial_gate",

@@ -108,6 +108,7 @@ def assert_losses_to_rounding(workdir: Path, expected: Path) -> None:
 # as by one process
 
 
+@pytest.mark.slow
 def test_two_processes_train_as_one_does(tmp_path, address):
     """With dropout, whose masks must belong to the records. One: this process, with 8 devices against four."""
     config = small_config(steps=6)

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -118,7 +119,7 @@ def test_decay_may_be_of_matrices_alone():
     for decayed, vector in (("all", -0.1 * 0.2 * 3), ("matrices", 0.0)):
         optimizer = make_optimizer(OptimizerConfig(weight_decay=0.2, decayed=decayed), 0.1)
         zeros = jax.tree.map(jnp.zeros_like, params)
-        updates, _ = optimizer.update(zeros, optimizer.init(params), params)
+        updates: Any = optimizer.update(zeros, optimizer.init(params), params)[0]
         np.testing.assert_allclose(updates["matrix"], -0.1 * 0.2 * 3, rtol=1e-6)
         np.testing.assert_allclose(updates["vector"], vector, rtol=1e-6)
 

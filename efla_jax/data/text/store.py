@@ -37,13 +37,14 @@ class TokenStore:
     """`tokens`, uint16 or uint32 [N]; document d is tokens[offsets[d] : offsets[d + 1]].
 
     `offsets` is int64 [documents + 1]; both are mapped from files. `text_bytes` and `text_words` count the text, in
-    UTF-8 and by str.split.
+    UTF-8 and by str.split. `digest` is the sha256 of the tokens, "" where nobody has asked.
     """
 
     tokens: np.ndarray
     offsets: np.ndarray
     text_bytes: int
     text_words: int
+    digest: str = ""
 
     @property
     def documents(self) -> int:
@@ -190,7 +191,7 @@ def _open(folder: Path) -> TokenStore:
             raise _DamagedError(f"{folder / _META} does not have the sha256 that it says")
         tokens = _map(folder / _TOKENS, _File(**meta[_TOKENS]))
         offsets = _map(folder / _OFFSETS, _File(**meta[_OFFSETS]))
-        return TokenStore(tokens, offsets, meta["text_bytes"], meta["text_words"])
+        return TokenStore(tokens, offsets, meta["text_bytes"], meta["text_words"], meta[_TOKENS]["sha256"])
     except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:  # missing, or no such JSON
         raise _DamagedError(f"{type(error).__name__}: {error}") from error
 
