@@ -6,7 +6,7 @@ Settings: sizes of the paper's framework (`efla_jax/models/presets.py`). AdamW 3
           to it, weight decay 0.1, clipping at 1; batches of 1M (340m) or 2M tokens, warm-up over 1,000 steps. Not
           stated there, chosen here: rows of 2,048 tokens, beta2 0.95, the starting gate as initialised. The source
           needs the extras hf and sentencepiece and a network.
-Result:   not trained here. One step of 340m was timed, see experiments/step_time.
+Result:   not trained yet.
 """
 
 import dataclasses

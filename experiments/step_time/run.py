@@ -79,7 +79,7 @@ def main(argv: list[str]) -> None:
     folder = Path(options["output"])
     folder.mkdir(parents=True, exist_ok=True)
     path, _, argument = options["config"].partition(":")
-    stem = "_".join(filter(None, [Path(path).stem, argument]))
+    stem = "_".join(filter(None, [Path(path).stem, argument.replace("/", "-")]))
     (folder / f"{stem}.json").write_text(json.dumps(facts | {"milliseconds": times}, indent=1) + "\n")
     header = "\n".join(f"- {key}: {value}" for key, value in facts.items())
     (folder / f"{stem}.md").write_text(f"# Time of a train step of {options['config']}\n\n{header}\n\n{table}\n")

@@ -23,11 +23,12 @@ TINY = LanguageModelConfig(
     features=12,
     layers=1,
     hidden=16,
-    mixer=MixerConfig(heads=2, key_dim=4, value_dim=6, conv_width=3, activation=True),
+    # no output norm: it blows up the rounding of a query that meets its key at right angles
+    mixer=MixerConfig(heads=2, key_dim=4, value_dim=6, conv_width=3, activation=True, output_norm=False),
     attention=AttentionConfig(heads=2, key_value_heads=1, head_dim=4, window=3),
     context=16,
 )
-HYBRID = dataclasses.replace(TINY, layers=4, mixers=("gated_efla", "softmax", "sliding_window"))
+HYBRID = dataclasses.replace(TINY, layers=3, mixers=("gated_efla", "softmax"))
 WIDE = dataclasses.replace(TINY.mixer, heads=6)
 PAIR = dataclasses.replace(TINY, layers=2, mixers=("efla", "sliding_window"))
 
@@ -62,10 +63,8 @@ def close(got, want, tolerance=1e-4):
 def test_is_its_blocks_one_after_the_other():
     """x + mixer(norm x), then x + mlp(norm x), all but the mixers in NumPy; a list of mixers is repeated."""
     model, tokens = make(HYBRID), draw()
-    assert [type(block.mixer).__name__ for block in model.blocks] == [
-        "EFLA", "SoftmaxAttention", "SoftmaxAttention", "EFLA",
-    ]  # fmt: skip
-    assert [block.mixer.reach for block in list(model.blocks)[1:3]] == [16, 3]
+    assert [type(block.mixer).__name__ for block in model.blocks] == ["EFLA", "SoftmaxAttention", "EFLA"]
+    assert [block.mixer.reach for block in (model.blocks[1], make(PAIR).blocks[1])] == [16, 3]
     weight = lambda layer: np.asarray(layer.kernel[...], np.float64)
     norm = lambda layer, x: x / np.sqrt(np.mean(x**2, -1, keepdims=True) + 1e-6) * np.asarray(layer.scale[...])
     x = np.asarray(model.embed.embedding[...], np.float64)[np.asarray(tokens)]
@@ -170,13 +169,16 @@ def test_the_empty_cache_is_of_the_types_that_calls_return(dtype):
 # ---- documents, causality ----
 
 
-@jax.jit
 def pull_back(tokens, ids, cotangent):
     """-> hidden, and the gradient of the embedding that this cotangent gives."""
-    graph, table, rest = nnx.split(make(HYBRID), nnx.PathContains("embed"), ...)
-    run = lambda table: nnx.merge(graph, table, rest)(tokens, segment_ids=ids)[0]
-    hidden, pullback = jax.vjp(run, table)
-    return hidden, pullback(cotangent)[0]["embed"]["embedding"][...]
+    hidden, gradient = _pull_back(*nnx.split(make(HYBRID), nnx.PathContains("embed"), ...), tokens, ids, cotangent)
+    return hidden, gradient["embed"]["embedding"][...]
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _pull_back(graph, table, rest, tokens, ids, cotangent):
+    hidden, pullback = jax.vjp(lambda table: nnx.merge(graph, table, rest)(tokens, segment_ids=ids)[0], table)
+    return hidden, pullback(cotangent)[0]
 
 
 def test_no_token_sees_a_later_one():
@@ -240,7 +242,7 @@ def test_bfloat16_keeps_float32_parameters_and_logits():
 def test_remat_changes_what_is_kept_and_nothing_else():
     tokens, gradients, counts = draw(), {}, {}
     for remat in ("none", "dots", "full"):
-        graph, params = nnx.split(make(dataclasses.replace(PAIR, remat=remat)), nnx.Param)
+        graph, params = nnx.split(make(dataclasses.replace(TINY, remat=remat)), nnx.Param)
 
         def loss_of(params, graph=graph):
             model = nnx.merge(graph, params)
@@ -307,7 +309,7 @@ def test_config_goes_through_json_and_flags():
     again: Any = from_json(to_json(config))
     assert again == config
     assert type(again.model) is LanguageModelConfig
-    assert again.model.mixers == ("gated_efla", "softmax", "sliding_window")
+    assert again.model.mixers == ("gated_efla", "softmax")
     assert type(again.model.mixer) is MixerConfig
     assert type(again.model.attention) is AttentionConfig
     changed: Any = override(

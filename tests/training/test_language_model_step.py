@@ -115,8 +115,8 @@ def by_hand():
     return jax.device_get(jax.jit(jax.value_and_grad(loss_of, has_aux=True))(first_state()["params"]))
 
 
-def test_metrics_and_gradient_are_those_of_the_step_by_hand():
-    _, (state, *_), (measured, *_) = trained()
+def check_gradient(state, measured):
+    """Loss, gradient norm and moments are those of the step by hand."""
     (minimised, loss), gradient = by_hand()
     assert measured["loss"] == pytest.approx(loss, rel=1e-5)  # without the z-loss
     assert minimised > 1.01 * loss
@@ -130,10 +130,8 @@ def test_metrics_and_gradient_are_those_of_the_step_by_hand():
             np.testing.assert_allclose(moment, want, rtol=1e-3, atol=1e-5 * np.abs(want).max())
 
 
-def test_update_is_adamw_on_matrices():
-    """From the moments of the step itself, as Adam blows up the rounding of tiny gradients. Vectors do not decay."""
-    _, (state, *_), _ = trained()
-    params = first_state()["params"]
+def check_update(params, state):
+    """AdamW from the moments of the step itself, as it blows up the rounding of tiny gradients; vectors do not decay."""
     for name, old, new, first, second in zip(
         parameter_names(params), *(jax.tree.leaves(x) for x in (params, state["params"])), *moments(state), strict=True
     ):
@@ -144,11 +142,10 @@ def test_update_is_adamw_on_matrices():
     assert {leaf.ndim for leaf in jax.tree.leaves(params)} == {1, 2}
 
 
-def test_gates_are_logged_for_blocks_that_have_one():
-    """Means over the tokens that have a target, of the keys that the first block makes, in NumPy."""
-    _, _, (measured, *_) = trained()
-    assert sorted(name for name in measured if name.startswith("gate/")) == ["gate/00"]
-    params, batch = first_state()["params"], draw()
+def check_gates(params, measured):
+    """Those that have one log it: a mean over the tokens with a target, of the first block's keys, in NumPy."""
+    assert [name for name in measured if name.startswith("gate/")] == ["gate/00"]
+    batch = draw()
     weights = {
         leaf_name(path): np.asarray(leaf, np.float64) for path, leaf in jax.tree_util.tree_leaves_with_path(params)
     }
@@ -162,6 +159,14 @@ def test_gates_are_logged_for_blocks_that_have_one():
     logit = x @ weights["blocks/0/mixer/beta/kernel"] + weights["blocks/0/mixer/beta/bias"]
     strength = -np.expm1(-np.sum(key**2, -1).repeat(2, axis=-1) / (1 + np.exp(-logit)))
     assert measured["gate/00"] == pytest.approx(strength.mean(-1)[batch["targets"] >= 0].mean(), rel=1e-4)
+
+
+def test_is_the_step_by_hand():
+    """One test for all of it, as its programs take seconds to compile."""
+    _, (state, *_), (measured, *_) = trained()
+    check_gradient(state, measured)
+    check_update(first_state()["params"], state)
+    check_gates(first_state()["params"], measured)
 
 
 def test_a_batch_without_targets_changes_nothing_but_by_decay():
