@@ -29,7 +29,7 @@ from efla_jax.evaluation import EvaluationError
 from efla_jax.inference.load import load
 from efla_jax.inference.programs import cache_form, zeros
 from efla_jax.inference.text import TextModel
-from efla_jax.training.step import graph_of
+from efla_jax.models import graph_of
 
 BATCH_SIZE = 16
 _LEAST_LENGTH = 16

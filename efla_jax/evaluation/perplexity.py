@@ -22,10 +22,9 @@ from efla_jax.data.text.sources import TextSource
 from efla_jax.data.text.store import TokenStore, tokenise
 from efla_jax.data.text.tokenizers import Tokenizer
 from efla_jax.evaluation import EvaluationError
-from efla_jax.models import LanguageModelConfig
+from efla_jax.models import LanguageModelConfig, graph_of
 from efla_jax.models.cross_entropy import token_losses
 from efla_jax.training.records import check_vocabulary
-from efla_jax.training.step import graph_of
 
 Protocol = Literal["packed", "sliding"]
 Rows = grain.sources.RandomAccessDataSource[Record]

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from efla_jax.models import LanguageModel, LanguageModelConfig
+from efla_jax.models import LanguageModel, LanguageModelConfig, graph_of
 
 Cache = Any  # a pytree every leaf of which has the row as first axis
 Forward = Callable[[Any, jax.Array, jax.Array, Cache], tuple[jax.Array, Cache]]
@@ -52,11 +52,6 @@ class Programs(Protocol):
         tokens_BL, lengths_B: int32. A row of length 0 keeps its cache, and its logits mean nothing.
         """
         ...
-
-
-def graph_of(config: LanguageModelConfig) -> nnx.GraphDef:
-    """The static part of the model of this config, whose other part is its parameters."""
-    return nnx.eval_shape(lambda: nnx.split(LanguageModel(config, rngs=nnx.Rngs(0)), nnx.Param))[0]
 
 
 def make_forward(config: LanguageModelConfig) -> Forward:

@@ -1,4 +1,4 @@
-"""Models in Flax NNX. `build` makes the one that a config describes."""
+"""Models in Flax NNX. `build` makes the one that a config describes, `graph_of` its static part."""
 
 from collections.abc import Callable
 
@@ -21,6 +21,11 @@ def build(config: ModelConfig, *, rngs: nnx.Rngs) -> nnx.Module:
     return kinds[type(config)](config, rngs=rngs)
 
 
+def graph_of(config: ModelConfig) -> nnx.GraphDef:
+    """The static part of the model: nnx.merge(graph, params) is the model. All of its variables are parameters."""
+    return nnx.eval_shape(lambda: nnx.split(build(config, rngs=nnx.Rngs(0)), nnx.Param))[0]
+
+
 __all__ = [
     "Classifier",
     "ClassifierConfig",
@@ -30,4 +35,5 @@ __all__ = [
     "LastStateConfig",
     "ModelConfig",
     "build",
+    "graph_of",
 ]

@@ -24,7 +24,7 @@ from jax.sharding import Mesh, NamedSharding
 
 from efla_jax.data.pipeline import batches
 from efla_jax.errors import UserError
-from efla_jax.models import build
+from efla_jax.models import build, graph_of
 from efla_jax.training.checkpoint import CheckpointError, Checkpoints, load_newest
 from efla_jax.training.config import Config, ConfigError, differences, from_json, to_json
 from efla_jax.training.distributed import (
@@ -41,7 +41,6 @@ from efla_jax.training.records import open_records
 from efla_jax.training.sharding import BATCH, TOKENS, make_mesh, state_shardings
 from efla_jax.training.step import (
     State,
-    graph_of,
     initial_state,
     make_optimizer,
     make_train_step,

@@ -9,7 +9,7 @@ import optax
 from flax import nnx
 from jax.sharding import PartitionSpec
 
-from efla_jax.models import ModelConfig, build
+from efla_jax.models import build
 from efla_jax.training.config import Config, OptimizerConfig
 from efla_jax.training.objectives import CLASSIFICATION, Batch, Objective
 from efla_jax.training.sharding import leaf_name
@@ -34,11 +34,6 @@ def make_optimizer(config: OptimizerConfig, learning_rate: optax.ScalarOrSchedul
     mask = matrices if config.decayed == "matrices" else None
     adamw = optax.adamw(learning_rate, config.beta1, config.beta2, weight_decay=config.weight_decay, mask=mask)
     return optax.chain(optax.clip_by_global_norm(config.clip_norm), adamw) if config.clip_norm else adamw
-
-
-def graph_of(model: ModelConfig) -> nnx.GraphDef:
-    """The model's static part. All of its variables must be parameters."""
-    return nnx.eval_shape(lambda: nnx.split(build(model, rngs=nnx.Rngs(0)), nnx.Param))[0]
 
 
 def initial_state(config: Config, key: jax.Array, optimizer: optax.GradientTransformation) -> State:

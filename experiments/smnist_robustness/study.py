@@ -13,8 +13,9 @@ from tqdm import tqdm
 from efla_jax.data import mnist
 from efla_jax.data.pipeline import batches
 from efla_jax.evaluation.accuracy import corruption_accuracy
+from efla_jax.models import graph_of
 from efla_jax.training.config import Config
-from efla_jax.training.step import graph_of, initial_state, make_optimizer, make_train_step, schedule
+from efla_jax.training.step import initial_state, make_optimizer, make_train_step, schedule
 
 
 @dataclass(frozen=True)

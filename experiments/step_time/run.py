@@ -16,10 +16,11 @@ import jax
 import numpy as np
 
 from efla_jax.data.pipeline import batches
+from efla_jax.models import graph_of
 from efla_jax.training.config import Config, load_config, override
 from efla_jax.training.objectives import objective_of
 from efla_jax.training.records import open_records
-from efla_jax.training.step import graph_of, initial_state, make_optimizer, make_train_step, schedule
+from efla_jax.training.step import initial_state, make_optimizer, make_train_step, schedule
 from experiments.provenance import provenance
 
 

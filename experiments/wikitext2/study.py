@@ -14,9 +14,10 @@ from efla_jax.data.pipeline import batches
 from efla_jax.data.text.packing import PackedRows
 from efla_jax.data.text.store import TokenStore
 from efla_jax.evaluation.perplexity import Protocol, evaluation_rows, score
+from efla_jax.models import graph_of
 from efla_jax.training.config import Config
 from efla_jax.training.objectives import objective_of
-from efla_jax.training.step import graph_of, initial_state, make_optimizer, make_train_step, schedule
+from efla_jax.training.step import initial_state, make_optimizer, make_train_step, schedule
 
 EVALUATION_BATCH = 32
 

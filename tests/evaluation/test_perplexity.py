@@ -17,10 +17,10 @@ from efla_jax.data.text.tokenizers import load_tokenizer
 from efla_jax.evaluation import EvaluationError
 from efla_jax.evaluation.perplexity import evaluation_rows, perplexity, score
 from efla_jax.inference.folder import save_folder
+from efla_jax.models import graph_of
 from efla_jax.models.cross_entropy import token_losses
 from efla_jax.training.checkpoint import Checkpoints
 from efla_jax.training.config import Config, ConfigError, DataConfig, to_json
-from efla_jax.training.step import graph_of
 from tests.evaluation.by_hand import SEPARATOR, losses
 from tests.inference.small import ENDLESS, HYBRID, parameters
 

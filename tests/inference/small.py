@@ -9,10 +9,10 @@ import numpy as np
 from flax import nnx
 
 from efla_jax.data.text.tokenizers import load_tokenizer
-from efla_jax.inference.programs import JittedPrograms, graph_of
+from efla_jax.inference.programs import JittedPrograms
 from efla_jax.inference.text import TextModel
 from efla_jax.layers import AttentionConfig, MixerConfig
-from efla_jax.models import LanguageModel, LanguageModelConfig
+from efla_jax.models import LanguageModel, LanguageModelConfig, graph_of
 
 COMPILED: list[str] = []  # names of the programs that were compiled since it was cleared
 

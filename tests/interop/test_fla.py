@@ -14,11 +14,10 @@ from efla_jax.cli import main
 from efla_jax.data.text.tokenizers import load_tokenizer
 from efla_jax.inference import InferenceError
 from efla_jax.inference.folder import load_folder, named_parameters, parameter_shapes, parameters, save_folder
-from efla_jax.inference.programs import graph_of
 from efla_jax.interop import fla
 from efla_jax.interop.fla_config import from_fla, to_fla
 from efla_jax.layers import AttentionConfig, MixerConfig
-from efla_jax.models import LanguageModelConfig
+from efla_jax.models import LanguageModelConfig, graph_of
 from tests.interop.checkpoints import CASES, DELTA_NET, GATED, draw, shapes, write
 from tests.interop.fla_oracle import Oracle
 from tests.ops.helpers import EPS, FACTOR, MINIMUM, errors

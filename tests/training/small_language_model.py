@@ -1,4 +1,4 @@
-"""A language model of a few seconds' training, as the config of `tests.training.small_run`; its text is given by option."""
+"""A language model that trains in seconds, as the config of `tests.training.small_run`; its text is given by option."""
 
 from efla_jax.layers import AttentionConfig, MixerConfig
 from efla_jax.models import LanguageModelConfig

@@ -13,13 +13,13 @@ from flax import nnx
 from jax.sharding import NamedSharding
 
 from efla_jax.layers import AttentionConfig, MixerConfig
-from efla_jax.models import LanguageModelConfig
+from efla_jax.models import LanguageModelConfig, graph_of
 from efla_jax.models.language_model import MIXERS
 from efla_jax.training.config import Config, OptimizerConfig, TrainConfig
 from efla_jax.training.loop import make_program
 from efla_jax.training.objectives import objective_of
 from efla_jax.training.sharding import BATCH, leaf_name
-from efla_jax.training.step import graph_of, initial_state, make_optimizer, make_train_step, parameter_names, schedule
+from efla_jax.training.step import initial_state, make_optimizer, make_train_step, parameter_names, schedule
 from tests.training.test_sharding import gathered, mesh_of
 
 LENGTH, BATCH_SIZE, VOCAB = 29, 8, 24  # LENGTH is no size of a parameter
@@ -131,7 +131,7 @@ def check_gradient(state, measured):
 
 
 def check_update(params, state):
-    """AdamW from the moments of the step itself, as it blows up the rounding of tiny gradients; vectors do not decay."""
+    """AdamW from the step's own moments, as it blows up the rounding of tiny gradients; vectors do not decay."""
     for name, old, new, first, second in zip(
         parameter_names(params), *(jax.tree.leaves(x) for x in (params, state["params"])), *moments(state), strict=True
     ):

@@ -13,11 +13,10 @@ import pytest
 from flax import nnx
 
 from efla_jax.layers import MixerConfig
-from efla_jax.models import ClassifierConfig
+from efla_jax.models import ClassifierConfig, graph_of
 from efla_jax.training.config import Config, OptimizerConfig, TrainConfig
 from efla_jax.training.objectives import classification_sums
 from efla_jax.training.step import (
-    graph_of,
     initial_state,
     make_optimizer,
     make_train_step,
