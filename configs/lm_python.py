@@ -17,11 +17,11 @@ def get_config(mixer: str = "efla") -> Config:
         optimizer=OptimizerConfig(
             peak_lr=3e-3,
             schedule="cosine",
-            warmup_steps=100,
+            warmup_steps=75,
             end_lr=3e-4,
             weight_decay=0.1,
             decayed="matrices",
             beta2=0.95,
         ),
-        train=TrainConfig(steps=1500, batch_size=16, checkpoint_every=250, log_every=50),
+        train=TrainConfig(steps=750, batch_size=16, checkpoint_every=250, log_every=50),
     )
