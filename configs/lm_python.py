@@ -1,8 +1,9 @@
 """A byte-level language model of the Python standard library's own source: needs no download.
 
 Command:  efla train --config=configs/lm_python.py --workdir=runs/lm_python
-          efla generate --workdir=runs/lm_python --prompt='def main(' --max_new_tokens=200
-Result:   TO BE MEASURED
+          efla generate --workdir=runs/lm_python --prompt='def main(' --max_new_tokens=160
+Result:   1.88 bits per byte on python:validation after 3.1M bytes (efla, one seed), 410 seconds with start and
+          evaluation, on 2 CPU cores (AMD EPYC, shared, 2026-11-24, commit e92051f)
 """
 
 from efla_jax.models.presets import preset
