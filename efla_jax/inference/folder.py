@@ -26,7 +26,7 @@ from efla_jax.data.text.tokenizers import Tokenizer, load_tokenizer
 from efla_jax.inference import InferenceError
 from efla_jax.models import LanguageModel, LanguageModelConfig
 from efla_jax.training import manifest
-from efla_jax.training.config import Config, ConfigError, from_json, to_json
+from efla_jax.training.config import model_config, model_fields
 from efla_jax.training.sharding import leaf_name
 
 FORMAT, VERSION = "efla_jax", 1
@@ -122,8 +122,7 @@ def write_model(folder: Path, config: LanguageModelConfig, params: Any, tokenize
     (folder / "tokenizer").mkdir()
     tokenizer.save(folder / "tokenizer")
     digest = _sha256(folder / PARAMETERS)
-    model = json.loads(to_json(Config(model=config)))["model"]
-    content = dict(format=FORMAT, version=VERSION, model=model, sha256={PARAMETERS: digest})
+    content = dict(format=FORMAT, version=VERSION, model=model_fields(config), sha256={PARAMETERS: digest})
     (folder / "config.json").write_text(json.dumps(content, indent=2) + "\n")
     return digest
 
@@ -175,11 +174,12 @@ def _read_config(path: Path) -> tuple[LanguageModelConfig, str]:
             raise InferenceError(
                 f"{file} is of format {found!r}, version {version!r}; it must be {FORMAT!r}, {VERSION}"
             )
-        sections = dict(model=content["model"], data={}, optimizer={}, train={}, mesh={})
-        model, digest = from_json(json.dumps(sections)).model, content["sha256"][PARAMETERS]
+        model, digest = model_config(content["model"]), content["sha256"][PARAMETERS]
     except OSError as error:
         raise InferenceError(f"{path} is no model folder: {error}") from error
-    except (ConfigError, KeyError, TypeError, AttributeError, UnicodeDecodeError, json.JSONDecodeError) as error:
+    except InferenceError:
+        raise
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise InferenceError(f"{file} is damaged: {error!r}") from error
     if not isinstance(model, LanguageModelConfig):
         raise InferenceError(f"{file} is of a {type(model).__name__}; it must be of a language model")

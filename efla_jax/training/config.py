@@ -136,6 +136,12 @@ class Config:
             kind = type(self.model).__name__.removesuffix("Config")
             need = "a text source" if text else f"'mnist'{nearest(self.source, ['mnist'])}"
             raise ConfigError(f"config.data.source is {self.source!r}; for a {kind} it must be {need}")
+        reach = self.model.reach if isinstance(self.model, LanguageModelConfig) else None
+        if reach is not None and self.data.sequence_length > reach:
+            raise ConfigError(
+                f"config.data.sequence_length is {self.data.sequence_length}; it must be at most "
+                f"config.model.context = {reach}, what softmax blocks look back on"
+            )
 
     @property
     def source(self) -> str:
@@ -255,10 +261,19 @@ def field_names(config: Any, prefix: str = "") -> list[str]:
 
 
 def to_json(config: Config) -> str:
-    """The config as JSON text, which `from_json` reads back; "kind" tells which model it is."""
-    sections = dataclasses.asdict(config)
-    sections["model"] = {"kind": type(config.model).__name__} | sections["model"]
-    return json.dumps(sections, indent=2) + "\n"
+    """The config as JSON text, which `from_json` reads back."""
+    return json.dumps(dataclasses.asdict(config) | {"model": model_fields(config.model)}, indent=2) + "\n"
+
+
+def model_fields(model: ModelConfig) -> dict[str, Any]:
+    """A model's config as JSON has it, which `model_config` reads back; "kind" tells which model it is."""
+    return {"kind": type(model).__name__} | dataclasses.asdict(model)
+
+
+def model_config(fields: dict[str, Any]) -> ModelConfig:
+    """Inverse of `model_fields`. Raises KeyError, TypeError or ValueError on what is none."""
+    kinds = {kind.__name__: kind for kind in get_args(ModelConfig)}
+    return _section(kinds[fields["kind"]], {name: value for name, value in fields.items() if name != "kind"})
 
 
 def from_json(text: str) -> Config:
@@ -270,10 +285,9 @@ def from_json(text: str) -> Config:
     """
     try:
         sections = json.loads(text)
-        kinds = {kind.__name__: kind for kind in get_args(ModelConfig)}
-        model = kinds[sections["model"].pop("kind")]
+        model = model_config(sections.pop("model"))
         rest = {name: _section(kind, sections.pop(name)) for name, kind in _SECTIONS.items()}
-        return Config(model=_section(model, sections.pop("model")), **rest, **sections)
+        return Config(model=model, **rest, **sections)
     except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise ConfigError(f"not a config: {error}") from error
 

@@ -253,6 +253,6 @@ def test_donation_changes_no_bit():
 def test_a_model_with_other_variables_than_parameters_is_refused(monkeypatch):
     """What is no parameter would neither be trained nor saved."""
     make = lambda config, rngs: nnx.BatchNorm(config.features, rngs=rngs)
-    monkeypatch.setattr("efla_jax.training.step.build", make)
+    monkeypatch.setattr("efla_jax.models.build", make)
     with pytest.raises(ValueError, match="filters"):
         graph_of(MODEL)
