@@ -136,12 +136,6 @@ class Config:
             kind = type(self.model).__name__.removesuffix("Config")
             need = "a text source" if text else f"'mnist'{nearest(self.source, ['mnist'])}"
             raise ConfigError(f"config.data.source is {self.source!r}; for a {kind} it must be {need}")
-        reach = self.model.reach if isinstance(self.model, LanguageModelConfig) else None
-        if reach is not None and self.data.sequence_length > reach:
-            raise ConfigError(
-                f"config.data.sequence_length is {self.data.sequence_length}; it must be at most "
-                f"config.model.context = {reach}, what softmax blocks look back on"
-            )
 
     @property
     def source(self) -> str:

@@ -23,6 +23,7 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding
 
 from efla_jax.data.pipeline import batches
+from efla_jax.data.text.tokenizers import Tokenizer, load_tokenizer
 from efla_jax.errors import UserError
 from efla_jax.models import build, graph_of
 from efla_jax.training.checkpoint import CheckpointError, Checkpoints, load_newest
@@ -123,10 +124,8 @@ def open_workdir(workdir: str | os.PathLike[str], config: Config) -> Path:
     return path
 
 
-def keep_tokenizer(workdir: Path, tokenizer: Any) -> None:
+def keep_tokenizer(workdir: Path, tokenizer: Tokenizer) -> None:
     """Saves the tokenizer beside the run, or checks that the run was begun with this one. Raises ConfigError."""
-    from efla_jax.data.text.tokenizers import load_tokenizer
-
     folder = workdir / "tokenizer"
     if jax.process_index() == 0 and not folder.exists():
         partial = workdir / "tokenizer.partial"

@@ -15,7 +15,7 @@ from efla_jax.layers import AttentionConfig, MixerConfig
 from efla_jax.models import LanguageModel, LanguageModelConfig, build
 from efla_jax.models.cross_entropy import summed_loss
 from efla_jax.models.language_model import LINEAR_MIXERS, MIXERS
-from efla_jax.training.config import Config, DataConfig, differences, from_json, override, to_json
+from efla_jax.training.config import Config, differences, from_json, override, to_json
 
 LENGTH, VOCAB = 9, 11
 TINY = LanguageModelConfig(
@@ -310,8 +310,7 @@ def test_what_a_config_says_of_its_mixers(change, key_heads, reach):
 
 
 def test_config_goes_through_json_and_flags():
-    model = dataclasses.replace(HYBRID, tied=True, remat="dots", dtype="bfloat16")
-    config = Config(model=model, data=DataConfig(sequence_length=16))
+    config = Config(model=dataclasses.replace(HYBRID, tied=True, remat="dots", dtype="bfloat16"))
     again: Any = from_json(to_json(config))
     assert again == config
     assert type(again.model) is LanguageModelConfig

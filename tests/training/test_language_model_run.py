@@ -12,6 +12,7 @@ from efla_jax.data.text.tokenizers import load_tokenizer, train_bpe
 from efla_jax.models import LanguageModelConfig
 from efla_jax.training.config import Config, ConfigError, DataConfig
 from efla_jax.training.loop import keep_tokenizer, train
+from efla_jax.training.records import open_records
 from tests.training import small_language_model
 from tests.training.small_run import checkpoint_digests, metric, metric_lines
 
@@ -92,7 +93,7 @@ def test_a_run_keeps_its_tokenizer(text, tmp_path):
 
 def test_rows_longer_than_softmax_looks_back(text):
     with pytest.raises(ConfigError, match=r"sequence_length is 33; it must be at most config\.model\.context = 32"):
-        config_of(text, 6, sequence_length=33)
+        open_records(config_of(text, 6, sequence_length=33))
 
 
 def test_rows_shorter_than_two(text):
