@@ -8,7 +8,7 @@ Result:   98.6 % test accuracy for either rule (98.62 efla, 98.59 deltanet, one 
 
 from efla_jax.layers import MixerConfig
 from efla_jax.models import ClassifierConfig
-from efla_jax.training.config import Config, OptimizerConfig, TrainConfig
+from efla_jax.training.config import Config, DataConfig, OptimizerConfig, TrainConfig
 
 
 def get_config(rule: str = "efla") -> Config:
@@ -27,6 +27,7 @@ def get_config(rule: str = "efla") -> Config:
     )
     return Config(
         model=ClassifierConfig(mixer=mixer),
+        data=DataConfig(source="mnist"),
         optimizer=OptimizerConfig(peak_lr=3e-3, schedule="cosine", warmup_steps=50),
         train=TrainConfig(steps=938, batch_size=128, checkpoint_every=100, log_every=20),
     )

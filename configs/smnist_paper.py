@@ -8,7 +8,7 @@ Result:   91.3 ± 0.8 % test accuracy (efla), 92.1 ± 0.6 % (deltanet), 16 seeds
 """
 
 from efla_jax.models import LastStateConfig
-from efla_jax.training.config import Config, OptimizerConfig, TrainConfig
+from efla_jax.training.config import Config, DataConfig, OptimizerConfig, TrainConfig
 
 
 def get_config(rule: str = "efla") -> Config:
@@ -18,6 +18,7 @@ def get_config(rule: str = "efla") -> Config:
     exact = rule == "efla"
     return Config(
         model=LastStateConfig(integrator="exact" if exact else "euler", normalize_keys=not exact),
+        data=DataConfig(source="mnist"),
         optimizer=OptimizerConfig(peak_lr=1e-3),
         train=TrainConfig(steps=469, batch_size=128, checkpoint_every=100, log_every=10),
     )

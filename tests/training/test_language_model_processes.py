@@ -10,7 +10,7 @@ import pytest
 from efla_jax.training.loop import train
 from tests.training import small_language_model
 from tests.training.small_run import checkpoint_digests, checkpoint_names, metric, metric_lines, start
-from tests.training.test_processes import PATIENCE, address, finished, last_line, none_left, processes  # noqa: F401
+from tests.training.test_processes import PATIENCE, finished, last_line, none_left, processes
 
 STEPS = 30
 
@@ -38,7 +38,7 @@ def config_of(text: Path, steps: int):
     return dataclasses.replace(config, data=data, train=dataclasses.replace(config.train, steps=steps))
 
 
-def test_two_processes_train_as_one_does(text, address):  # noqa: F811
+def test_two_processes_train_as_one_does(text, address):
     """One: this process, with 8 devices against four."""
     with processes([text / "two"] * 2, address, *options(text, 6), devices=2) as children:
         train(config_of(text, 6), text / "one")
@@ -53,7 +53,7 @@ def test_two_processes_train_as_one_does(text, address):  # noqa: F811
 
 @pytest.mark.slow
 @pytest.mark.parametrize("victim", [0, 1])
-def test_kill_minus_nine_and_all_go_on_bit_for_bit(victim, text, address):  # noqa: F811
+def test_kill_minus_nine_and_all_go_on_bit_for_bit(victim, text, address):
     def run(workdir):
         with processes([workdir] * 2, address, *options(text, STEPS), devices=2) as children:
             for child in children:
@@ -76,7 +76,7 @@ def test_kill_minus_nine_and_all_go_on_bit_for_bit(victim, text, address):  # no
 
 
 @pytest.mark.slow
-def test_texts_that_differ_are_refused(text, address, monkeypatch):  # noqa: F811
+def test_texts_that_differ_are_refused(text, address, monkeypatch):
     """As where the hosts of a cluster have files of their own under one path."""
     children = []
     for number in range(2):

@@ -39,14 +39,6 @@ def pixels(monkeypatch):
     monkeypatch.setattr("efla_jax.data.mnist.arrays", small_run.random_pixels)
 
 
-@pytest.fixture
-def address():
-    """Of a port that is free, and stays the same when the processes are started again."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return f"127.0.0.1:{probe.getsockname()[1]}"
-
-
 @contextmanager
 def none_left(children: Children) -> Iterator[Children]:
     """None outlives the block."""
