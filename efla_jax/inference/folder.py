@@ -165,20 +165,27 @@ def check_digest(path: Path, digest: str) -> None:
         raise InferenceError(f"{path / PARAMETERS} is damaged: its sha256 is not the one in config.json")
 
 
-def _read_config(path: Path) -> tuple[LanguageModelConfig, str]:
-    file = path / "config.json"
+def read_object(file: Path, otherwise: str) -> dict[str, Any]:
+    """The JSON object in a file. Raises InferenceError, which says what the folder is where the file is missing."""
     try:
         content = json.loads(file.read_text())
-        found, version = content.get("format"), content.get("version")
-        if found != FORMAT or version != VERSION:
-            raise InferenceError(
-                f"{file} is of format {found!r}, version {version!r}; it must be {FORMAT!r}, {VERSION}"
-            )
-        model, digest = model_config(content["model"]), content["sha256"][PARAMETERS]
     except OSError as error:
-        raise InferenceError(f"{path} is no model folder: {error}") from error
-    except InferenceError:
-        raise
+        raise InferenceError(f"{file.parent} {otherwise}: {error}") from error
+    except ValueError as error:
+        raise InferenceError(f"{file} is damaged: {error}") from error
+    if not isinstance(content, dict):
+        raise InferenceError(f"{file} is damaged: it must hold an object")
+    return content
+
+
+def _read_config(path: Path) -> tuple[LanguageModelConfig, str]:
+    file = path / "config.json"
+    content = read_object(file, "is no model folder")
+    found, version = content.get("format"), content.get("version")
+    if found != FORMAT or version != VERSION:
+        raise InferenceError(f"{file} is of format {found!r}, version {version!r}; it must be {FORMAT!r}, {VERSION}")
+    try:
+        model, digest = model_config(content["model"]), content["sha256"][PARAMETERS]
     except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise InferenceError(f"{file} is damaged: {error!r}") from error
     if not isinstance(model, LanguageModelConfig):

@@ -1,12 +1,12 @@
 """Loading a model from whatever folder holds one."""
 
-import json
 import os
 from pathlib import Path
 from typing import Any
 
 from efla_jax.data.text.tokenizers import Tokenizer, load_tokenizer
 from efla_jax.inference import InferenceError
+from efla_jax.inference.folder import load_folder, read_object
 from efla_jax.inference.text import TextModel
 from efla_jax.models import LanguageModelConfig
 
@@ -28,22 +28,12 @@ def load_parts(
 ) -> tuple[LanguageModelConfig, Any, Tokenizer]:
     """(config, params, tokenizer) of `load`."""
     folder = Path(path)
-    file = folder / "config.json"
-    try:
-        content = json.loads(file.read_text())
-    except OSError as error:
-        raise InferenceError(f"{path} holds no model: {error}") from error
-    except ValueError as error:
-        raise InferenceError(f"{file} is damaged: {error}") from error
-    if not isinstance(content, dict):
-        raise InferenceError(f"{file} is damaged: it must hold an object")
+    content = read_object(folder / "config.json", "holds no model")
     if "model_type" in content:
         from efla_jax.interop import fla
 
         config, params, found = fla.load(folder)
     elif "format" in content:
-        from efla_jax.inference.folder import load_folder
-
         config, params, found = load_folder(folder)
     else:
         config, params, found = _load_workdir(folder, tokenizer)

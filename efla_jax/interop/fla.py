@@ -24,6 +24,7 @@ from efla_jax.inference.folder import (
     new_folder,
     parameter_shapes,
     parameters,
+    read_object,
     read_tensors,
     write_tensors,
 )
@@ -68,7 +69,7 @@ def load(path: str | os.PathLike[str]) -> tuple[LanguageModelConfig, nnx.State, 
             tensor is missing, is not one of the model's, or has another shape. TextError: of the tokenizer.
     """
     root = Path(path)
-    config = from_fla(_read_json(root / "config.json"), root / "config.json")
+    config = from_fla(read_object(root / "config.json", "is no checkpoint of fla"), root / "config.json")
     tensors, file = _read_checkpoint(root)
     head, embedding = (tensors.get(_MODEL[name]) for name in ("head/kernel", "embed/embedding"))
     if config.tied and head is not None and embedding is not None and np.array_equal(head, embedding):
@@ -123,24 +124,12 @@ def _from_fla(name: str, tensor: np.ndarray) -> np.ndarray:
     return tensor.T if name.endswith("/kernel") else tensor
 
 
-def _read_json(file: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(file.read_text())
-    except OSError as error:
-        raise InferenceError(f"{file.parent} is no checkpoint of fla: {error}") from error
-    except ValueError as error:
-        raise InferenceError(f"{file} is damaged: {error}") from error
-    if not isinstance(content, dict):
-        raise InferenceError(f"{file} is damaged: it must hold an object")
-    return content
-
-
 def _read_checkpoint(root: Path) -> tuple[dict[str, np.ndarray], Path]:
     """(tensors, the file that says which they are): of one file, or of several with an index."""
     index = root / f"{PARAMETERS}.index.json"
     if not index.is_file():
         return read_tensors(root / PARAMETERS), root / PARAMETERS
-    places = _read_json(index).get("weight_map")
+    places = read_object(index, "is no checkpoint of fla").get("weight_map")
     if not isinstance(places, dict):
         raise InferenceError(f"{index} is damaged: it has no weight_map")
     tensors: dict[str, np.ndarray] = {}

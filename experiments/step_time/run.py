@@ -1,6 +1,6 @@
 """Times the parts of a train step: data, forward + backward, optimizer.
 
-python -m experiments.step_time.run [--config=configs/smnist.py] [--repeats=30] [--output=DIR]
+python -m experiments.step_time.run [--config=configs/smnist.py] [--repeats=30] [--output=DIR] [--commit=HASH]
                                     [--config.SECTION.FIELD=VALUE ...]
 
 The parts are timed in turn in every repeat, so that they see the same machine. The optimizer's time is what a whole
@@ -58,7 +58,7 @@ def measure(config: Config, repeats: int) -> dict[str, list[float]]:
 
 
 def main(argv: list[str]) -> None:
-    options = {"config": "configs/smnist.py", "repeats": "30", "output": str(Path(__file__).parent)}
+    options = {"config": "configs/smnist.py", "repeats": "30", "output": str(Path(__file__).parent), "commit": ""}
     overrides = []
     for argument in argv:
         name, _, value = argument.removeprefix("--").partition("=")
@@ -69,7 +69,7 @@ def main(argv: list[str]) -> None:
     config = override(load_config(options["config"]), overrides)
     times = measure(config, int(options["repeats"]))
     shown = " ".join([f"--config={options['config']}", f"--repeats={options['repeats']}", *overrides])
-    facts = provenance(f"python -m experiments.step_time.run {shown}")
+    facts = provenance(f"python -m experiments.step_time.run {shown}", options["commit"] or None)
     lines = ["| part | median, ms | 10 % … 90 % |", "|---|---|---|"]
     for name, values in times.items():
         low, median, high = np.percentile(values, [10, 50, 90])
