@@ -4,10 +4,10 @@ PYTHON := .venv/bin/python
 HUGE_PAGES := GLIBC_TUNABLES=glibc.malloc.hugetlb=1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-slow lint types format lock clean
+.PHONY: help setup demo test test-slow test-jax-next check-gpu-compile lint types format lock clean
 
 help:  ## this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-17s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 setup:  ## create or renew .venv from requirements.lock
 	@bash .ci/setup.sh
@@ -21,6 +21,15 @@ test: lint types  ## lint, types and every test that is not slow
 test-slow: setup  ## the tests marked slow
 	$(PYTHON) -m pytest -n 2 -m slow
 
+test-jax-next: setup  ## the kernels' tests that are not slow, on the newest JAX 0.12, in an environment of its own
+	@bash .ci/environment.sh jax-next
+	.cache/jax-next/bin/python -m pytest -n 2 -m "not slow" tests/pallas_kernels/hopper
+
+check-gpu-compile: setup  ## compile the GPU kernels without a GPU: registers, spills, shared memory, within budget
+	@bash .ci/environment.sh gpu-compile
+	.cache/gpu-compile/bin/python -m experiments.kernels.compile_gpu
+	.cache/gpu-compile/bin/python -m experiments.kernels.check_triton
+
 lint: setup  ## formatting and lint
 	.venv/bin/ruff format --check .
 	.venv/bin/ruff check .
@@ -32,10 +41,13 @@ format: setup  ## reformat and mend what can be mended
 	.venv/bin/ruff format .
 	.venv/bin/ruff check --fix .
 
-lock: setup  ## renew requirements.lock (UPGRADE=--upgrade takes newer versions)
-	.venv/bin/uv pip compile pyproject.toml --group dev --universal --python-version 3.12 \
-	    --generate-hashes --no-emit-index-url --custom-compile-command "make lock" \
-	    --quiet $(UPGRADE) --output-file requirements.lock
+COMPILE := .venv/bin/uv pip compile --universal --python-version 3.12 --generate-hashes --no-emit-index-url \
+    --custom-compile-command "make lock" --quiet
+
+lock: setup  ## renew requirements.lock and .ci/*.lock (UPGRADE=--upgrade takes newer versions)
+	$(COMPILE) $(UPGRADE) pyproject.toml --group dev --output-file requirements.lock
+	$(COMPILE) $(UPGRADE) .ci/gpu-compile.in --output-file .ci/gpu-compile.lock
+	$(COMPILE) $(UPGRADE) .ci/jax-next.in --no-config --output-file .ci/jax-next.lock  # pyproject.toml says 0.11.2
 
 clean:  ## remove .venv, caches and build results; runs/ stays
 	rm -rf .venv .cache .pytest_cache .ruff_cache .hypothesis build dist

@@ -13,6 +13,8 @@ efla export --workdir=DIR --output=DIR2 [--platforms=cpu,cuda,tpu] [--batch_size
 efla export --workdir=DIR --output=DIR2 --format=fla
 efla import --format=fla --input=DIR --output=DIR2 [--tokenizer=SPEC]
 efla plot --workdir=DIR[,DIR2,…] --output=FILE.png [--metric=loss]
+efla compare --shape=B,T,H,K,V [--implementations=scan,xla,pallas_gpu,…] [--dtype=bfloat16|float16|float32] [--backward]
+           [--packed=DOCUMENTS] [--key_heads=N] [--log_decay] [--repeats=N] [--output=DIR]
 """
 
 import logging
@@ -26,6 +28,7 @@ from typing import NoReturn
 import jax
 
 from efla_jax.choices import nearest
+from efla_jax.commands.comparing import compare
 from efla_jax.commands.measuring import evaluate
 from efla_jax.commands.models import export, generate, import_
 from efla_jax.commands.options import UsageError
@@ -40,6 +43,7 @@ COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
     "export": export,
     "import": import_,
     "plot": plot,
+    "compare": compare,
 }
 
 

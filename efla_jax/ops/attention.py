@@ -121,12 +121,15 @@ def delta_rule_attention(
     )  # fmt: skip
     run = partial(choose(implementation, call), scale=float(scale), chunk_size=chunk_size, precision=precision)
     dtype = accumulator_dtype(query, key, value)
-    if initial_state is None:
-        initial_state = jnp.zeros((batch, heads, key_dim, value_dim), dtype)
-    initial_state = initial_state.astype(dtype)
+    if initial_state is not None:
+        initial_state = initial_state.astype(dtype)
     if length == 0 or batch == 0:
-        return jnp.zeros_like(value), initial_state
-    inputs = share_manual_axes(query, key, value, erase, write, log_decay, initial_state, segment_ids)
+        state = jnp.zeros((batch, heads, key_dim, value_dim), dtype) if initial_state is None else initial_state
+        return jnp.zeros_like(value), state
+    tied = write is erase  # the kernels then read one number a token, and solve for the prediction error
+    inputs = share_manual_axes(
+        query, key, value, erase, None if tied else write, log_decay, initial_state, segment_ids
+    )
     return per_shard(run, axes, *inputs)
 
 

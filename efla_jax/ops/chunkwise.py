@@ -22,7 +22,7 @@ import jax.numpy as jnp
 
 from efla_jax.ops.blocks import cut
 from efla_jax.ops.coefficients import accumulator_dtype
-from efla_jax.ops.scan import segment_starts
+from efla_jax.ops.scan import segment_starts, whole_inputs
 from efla_jax.ops.triangular import unit_lower_inverse
 
 
@@ -283,6 +283,7 @@ def chunkwise_delta_rule(
     precision,
 ):
     """Chunkwise form, any T: the same contract as `scan_delta_rule`; chunk_size is a power of two or None."""
+    write, initial_state = whole_inputs(query, key, value, erase, write, initial_state)
     batch, length, heads = value.shape[:3]
     blocks = cut(batch, length, heads, key.shape[2], chunk_size)
     acc = accumulator_dtype(query, key, value, initial_state)

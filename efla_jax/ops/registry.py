@@ -3,6 +3,7 @@
 Every implementation is the same function, differentiable in all floating inputs:
     run(query, key, value, erase, write, log_decay, initial_state, segment_ids, *, scale, chunk_size, precision)
     -> (output [B, T, H, V], state [B, H, K, V])
+write is None where it is erase, initial_state None where it is zeros.
 """
 
 import functools
@@ -15,7 +16,9 @@ import jax.numpy as jnp
 
 from efla_jax.choices import check_choice
 from efla_jax.ops.chunkwise import chunkwise_delta_rule
+from efla_jax.ops.kernels import implementation
 from efla_jax.ops.scan import scan_delta_rule
+from pallas_kernels import hopper
 
 # The order in which None tries them; all names that a caller may use.
 NAMES = ("pallas_gpu", "triton", "pallas_tpu", "xla", "scan")
@@ -41,25 +44,67 @@ class Call:
 
 @dataclass(frozen=True)
 class Implementation:
-    """backend is the one that a hardware kernel is for (None: any); supported gives the reason against a call."""
+    """One way to compute the delta rule.
+
+    supported gives the reason against a call of this kind, absent the reason why what is traced now cannot run here.
+    backend is the one that a hardware kernel is for (None: any).
+    """
 
     run: Callable
     supported: Callable[[Call], str | None]
+    absent: Callable[[], str | None] = lambda: None
     backend: str | None = None
 
 
+_NO_HOPPER = (
+    "it needs a Hopper GPU (compute capability 9.0), or a context of "
+    "jax.experimental.pallas.mosaic_gpu.force_gpu_interpret_mode to be interpreted"
+)
+
+
+def _hopper_absent() -> str | None:
+    if hopper.interpreting():
+        return None
+    if jax.default_backend() == "gpu":
+        capability = getattr(jax.devices()[0], "compute_capability", None)
+        return None if capability == "9.0" else f"{_NO_HOPPER}; this one has {capability}"
+    return _NO_HOPPER
+
+
+def _precision_unsupported(call: Call) -> str | None:
+    """Kernels multiply in the inputs' own type."""
+    if call.precision in (None, jax.lax.Precision.DEFAULT):
+        return None
+    return f"precision is {call.precision}; the kernels multiply in the inputs' own type (None or DEFAULT)"
+
+
+def _hopper_unsupported(call: Call) -> str | None:
+    return _precision_unsupported(call) or hopper.unsupported(
+        call.dtypes, call.key_dim, call.value_dim, call.chunk_size
+    )
+
+
 REGISTRY: dict[str, Implementation] = {
+    "pallas_gpu": Implementation(
+        implementation(hopper.forward, hopper.backward, "cuda", lambda: _hopper_absent() is None, _NO_HOPPER),
+        _hopper_unsupported,
+        _hopper_absent,
+        "gpu",
+    ),
     "xla": Implementation(chunkwise_delta_rule, lambda call: None),
     "scan": Implementation(scan_delta_rule, lambda call: None),
 }
 
 
-def _reason(name: str, call: Call) -> str | None:
-    """Why `name` cannot serve the call, or None."""
+def _reason(name: str, call: Call, must_run: bool) -> str | None:
+    """Why `name` cannot serve the call, or None. A kernel for another backend than this one may still be exported;
+    must_run rules that out."""
     check_choice("implementation", name, NAMES)
     if name not in REGISTRY:
         return "this version of efla_jax has no such kernel"
-    return REGISTRY[name].supported(call)
+    candidate = REGISTRY[name]
+    absent = candidate.absent() if must_run or candidate.backend == call.backend else None
+    return absent or candidate.supported(call)
 
 
 @functools.cache
@@ -67,31 +112,31 @@ def _warn_once(message: str) -> None:
     warnings.warn(message, stacklevel=2)
 
 
-def choose(implementation: str | Sequence[str] | None, call: Call) -> Callable:
+def choose(names: str | Sequence[str] | None, call: Call) -> Callable:
     """The `run` of the implementation for this call.
 
-    A name is served or raises; a sequence is tried in order with a warning on each fallback; None takes the first of
+    A name is served or raises (where its kernels are for another backend: when it is lowered for this one); a sequence is tried in order with a warning on each fallback; None takes the first of
     NAMES that serves the call and warns, once, only if this backend has a kernel and that kernel declined.
 
     Raises:
         ValueError: an unknown name or an empty sequence.
         NotImplementedError: nothing named serves the call; the message has every reason.
     """
-    if implementation is None:
+    if names is None:
         for name in NAMES:
             candidate = REGISTRY.get(name)
             if candidate is None or candidate.backend not in (None, call.backend):
                 continue
-            reason = candidate.supported(call)
+            reason = _reason(name, call, must_run=True)
             if reason is None:
                 return candidate.run
             _warn_once(f"implementation {name!r} declined a call, taking the next: {reason}")
-    names = (implementation,) if isinstance(implementation, str) else tuple(implementation or ())
+    names = (names,) if isinstance(names, str) else tuple(names)
     if not names:
-        raise ValueError(f"implementation is {implementation!r}; it must be a name, a sequence of names or None")
+        raise ValueError(f"implementation is {names!r}; it must be a name, a sequence of names or None")
     reasons = []
     for name in names:
-        reason = _reason(name, call)
+        reason = _reason(name, call, must_run=len(names) > 1)
         if reason is None:
             for passed in reasons:
                 warnings.warn(f"implementation falls back to {name!r}: {passed}", stacklevel=4)

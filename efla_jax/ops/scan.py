@@ -4,12 +4,22 @@ import jax
 import jax.numpy as jnp
 
 from efla_jax.ops.coefficients import accumulator_dtype
+from efla_jax.ops.sharding import share_manual_axes
 
 
 def segment_starts(segment_ids):
     """[B, T] ids -> [B, T] bool: True where a new document begins. Token 0 continues the initial state."""
     changed = segment_ids[:, 1:] != segment_ids[:, :-1]
     return jnp.pad(changed, ((0, 0), (1, 0)))[:, : segment_ids.shape[1]]  # of no token, none
+
+
+def whole_inputs(query, key, value, erase, write, initial_state):
+    """(write, initial_state) where None stands for erase and for zeros [B, H, K, V]."""
+    if initial_state is None:
+        shape = (value.shape[0], value.shape[2], key.shape[-1], value.shape[-1])
+        dtype = accumulator_dtype(query, key, value)
+        (initial_state,) = share_manual_axes(jnp.zeros(shape, dtype), value)[:1]
+    return erase if write is None else write, initial_state
 
 
 def delta_rule_step(state, query, key, value, erase, write, decay=None, start=None, *, scale, precision):
@@ -47,6 +57,7 @@ def scan_delta_rule(
     -> output [B, T, H, V] in value's type, final state [B, H, K, V]. Everything is computed in float32 (float64).
     """
     del chunk_size
+    write, initial_state = whole_inputs(query, key, value, erase, write, initial_state)
     dtype = accumulator_dtype(query, key, value, initial_state)
     precision = jax.lax.Precision.HIGHEST if precision is None else precision
     heads = (key.shape[2], value.shape[2] // key.shape[2])

@@ -1,0 +1,186 @@
+"""Checks the Triton kernels where there is no GPU.
+
+python -m experiments.kernels.check_triton [interpret compile lower] [--only=SUBSTRING]
+
+`interpret` runs every kernel in Triton's interpreter, forward and backward, against the float64 token loop, within the
+error model of `triton_cases.py`; nothing may be read or written outside an array, nothing left unwritten, and of two
+packed documents neither may change the other by a bit. `compile` compiles every variant for sm_80, sm_89 and sm_90 and
+prints registers, spills and shared memory against their budgets. `lower` lowers forward and backward for cuda through
+jax-triton itself. All three by default, each in a process of its own: Triton interprets or compiles, not both.
+
+It needs an environment with jax, its CUDA plugin, jax-triton and Triton; no GPU and no CUDA.
+"""
+
+import argparse
+import os
+import subprocess
+import sys
+import time
+
+
+def interpret(only: str) -> list[str]:
+    """Every case in the interpreter; what failed, a sentence each."""
+    import numpy as np
+
+    from experiments.kernels import triton_cases as cases
+    from experiments.kernels import triton_interpreter as interpreter
+    from pallas_kernels.triton import launch
+
+    def run(case, inputs):
+        given = dict(inputs)
+        cotangents = given.pop("d_output"), given.pop("d_state")
+        x, options = launch.Inputs(**given), dict(scale=case.scale)
+        output, state, residuals = launch.forward(interpreter.call, case.capability, x, save=True, **options)
+        *plain, none = launch.forward(interpreter.call, case.capability, x, save=False, **options)
+        if none or not all(map(np.array_equal, plain, (output, state))):
+            raise AssertionError("saving states changes the results")
+        gradients = launch.backward(interpreter.call, case.capability, x, residuals, cotangents, **options)
+        results = dict(zip(cases.NAMES, (output, state, *gradients), strict=True))
+        return {name: x for name, x in results.items() if x is not None}
+
+    failures = []
+    for case in cases.CASES:
+        if only not in str(case):
+            continue
+        begun = time.perf_counter()
+        inputs = cases.draw(case)
+        got = run(case, inputs)
+        want = cases.evaluate(inputs, case.scale, np.float64)
+        limits = cases.allowed(case, inputs, want)
+        found = cases.errors(got, want)
+        share = {name: found[name] / limits[name] for name in want}
+        worst = max(share, key=lambda name: share[name])
+        print(
+            f"{case}: {worst} at {share[worst]:.2f} of its limit, error {found[worst]:.1e};"
+            f" {time.perf_counter() - begun:.0f} s",
+            flush=True,
+        )
+        failures += [
+            f"{case}: {n} is {found[n]:.1e} off, {limits[n]:.1e} allowed" for n, x in share.items() if not x <= 1
+        ]
+        if case.borders and case.length > max(case.borders):
+            failures += [f"{case}: {line}" for line in _leaks(run, case, inputs, got)]
+    return failures
+
+
+def _leaks(run, case, inputs, got) -> list[str]:
+    """What of the last document in the first row changed when everything before it did."""
+    import numpy as np
+
+    border = max(case.borders)
+    changed = dict(inputs)
+    for name in ("query", "key", "value", "erase", "write", "log_decay", "d_output"):
+        if inputs[name] is not None:
+            changed[name] = inputs[name].copy()
+            changed[name][0, :border] = inputs[name][0, :border][::-1] * inputs[name].dtype.type(0.75)
+    changed["initial_state"] = inputs["initial_state"] * 2
+    after = run(case, changed)
+    per_token = [name for name in got if name not in ("state", "d_initial_state")]
+    lines = [f"{n} leaks" for n in per_token if not np.array_equal(got[n][0, border:], after[n][0, border:])]
+    if not np.array_equal(got["state"][0], after["state"][0]):
+        lines.append("state leaks")
+    if np.array_equal(got["output"][0, :border], after["output"][0, :border]):
+        lines.append("nothing changed before the border: the check is void")
+    return lines
+
+
+def _shapes(dtype, sizes, decay, documents):
+    """`launch.Inputs` and cotangents, as shapes, for sizes (B, T, Hk, H, K, V)."""
+    import jax
+
+    from pallas_kernels.triton.launch import Inputs
+
+    batch, length, key_heads, heads, key_dim, value_dim = sizes
+    key = jax.ShapeDtypeStruct((batch, length, key_heads, key_dim), dtype)
+    value = jax.ShapeDtypeStruct((batch, length, heads, value_dim), dtype)
+    vector = jax.ShapeDtypeStruct((batch, length, heads), "float32")
+    state = jax.ShapeDtypeStruct((batch, heads, key_dim, value_dim), "float32")
+    borders = jax.ShapeDtypeStruct((batch, length), "int32") if documents else None
+    return Inputs(key, key, value, vector, vector, vector if decay else None, state, borders), (value, state)
+
+
+def _variants():
+    """(dtype, K, V, key heads of 4, decay, documents) of what is compiled."""
+    options = ((4, False, False), (4, True, False), (4, False, True), (2, True, True))
+    yield from (("bfloat16", size, size, *option) for size in (64, 128) for option in options)
+    yield from (("float16", size, size, *option) for size in (64, 128) for option in (options[0], options[3]))
+    yield from (("bfloat16", *sizes, 4, True, True) for sizes in ((16, 16), (32, 128), (128, 256)))
+
+
+def compile_all(only: str) -> list[str]:
+    """Every variant for every architecture; what breaks a budget, a sentence each."""
+    from experiments.kernels.triton_compiler import compiler
+    from experiments.kernels.triton_report import Compiled
+    from pallas_kernels.triton import launch
+
+    failures = []
+    for capability in (80, 89, 90):
+        for dtype, key_dim, value_dim, key_heads, decay, documents in _variants():
+            name = f"sm_{capability} {dtype} K{key_dim} V{value_dim} H{key_heads}/4"
+            name += " decay" * decay + " documents" * documents
+            if only not in name:
+                continue
+            begun = time.perf_counter()
+            seen: list[Compiled] = []
+            call = compiler(capability, dtype, seen.append)
+            x, cotangents = _shapes(dtype, (2, 1000, key_heads, 4, key_dim, value_dim), decay, documents)
+            residuals = launch.forward(call, capability, x, scale=0.5, save=True)[2]
+            launch.backward(call, capability, x, residuals, cotangents, scale=0.5)
+            failures += [f"{name}: {line}" for kernel in seen for line in kernel.violations()]
+            print(f"{name}, {time.perf_counter() - begun:.0f} s", flush=True)
+            print(*(f"    {kernel}" for kernel in seen), sep="\n", flush=True)
+    return failures
+
+
+def lower(only: str) -> list[str]:
+    """Forward and backward through jax-triton for cuda; what is not there, a sentence each."""
+    import jax
+
+    from pallas_kernels.triton import host, launch
+
+    failures = []
+    # jax-triton makes a size of 1 a constant of the kernel
+    for capability, sizes, options in (
+        (80, (2, 150, 2, 4, 64, 128), (True, True)),
+        (90, (2, 150, 4, 4, 128, 128), (False, False)),
+        (80, (1, 1, 1, 1, 16, 16), (True, True)),
+    ):
+        name = f"lower sm_{capability} B, T, Hk, H, K, V = {sizes} decay, documents = {options}"
+        if only not in name:
+            continue
+
+        def both(x, cotangents, capability=capability):
+            call = host.caller(capability)
+            output, state, residuals = launch.forward(call, capability, x, scale=0.5, save=True)
+            return output, state, launch.backward(call, capability, x, residuals, cotangents, scale=0.5)
+
+        shapes = _shapes("bfloat16", sizes, *options)
+        text = jax.jit(both).trace(*shapes).lower(lowering_platforms=("cuda",)).as_text()
+        calls = text.count("custom_call @triton_kernel_call")
+        print(f"{name}: {calls} kernels", flush=True)
+        if calls != 4:
+            failures.append(f"{name}: {calls} kernels, 4 expected")
+    return failures
+
+
+_STEPS = {"interpret": interpret, "compile": compile_all, "lower": lower}
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("steps", nargs="*", choices=[*_STEPS, []], help="default: all, each in its own process")
+    parser.add_argument("--only", default="", help="what a variant's name must hold")
+    args = parser.parse_args()
+    os.environ.setdefault("JAX_PLATFORMS", "cpu")
+    if len(args.steps) != 1:
+        command = [sys.executable, "-m", "experiments.kernels.check_triton", f"--only={args.only}"]
+        codes = [subprocess.run([*command, step], check=False).returncode for step in args.steps or _STEPS]
+        return max(codes)
+    (step,) = args.steps
+    failures = _STEPS[step](args.only)
+    print(f"{step}: {len(failures)} failed", *failures, sep="\n  ")
+    return min(len(failures), 1)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

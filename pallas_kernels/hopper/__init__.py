@@ -1,0 +1,6 @@
+"""Kernels for Hopper GPUs (H100, H200) in Pallas Mosaic GPU: one for the forward pass, one for the backward pass."""
+
+from pallas_kernels.hopper.mosaic import interpreting
+from pallas_kernels.hopper.op import backward, forward, unsupported
+
+__all__ = ["backward", "forward", "interpreting", "unsupported"]

@@ -1,0 +1,406 @@
+"""The backward pass in one kernel: chunks are walked from the last to the first, every gradient is written once.
+
+With U, E, R as in `pallas_kernels.hopper.forward`, dS' the cotangent of the state at the chunk's end and c = erase:
+
+    g  = Pᵀ dO + e∘(K dS')      Y = Tᵀ g           X = c∘Y            (T = (I + diag(c) M)⁻¹, P with scale)
+    dS = d dS' + scale (a∘dO)ᵀ Q - (a∘X)ᵀ K     dP = scale tril(D∘(dO Uᵀ))       Z = tril(D∘(X Uᵀ), -1)
+    dQ = scale a∘(dO S) + dP K
+    dK = e∘(U dS'ᵀ) - a∘(X Sᵀ) + dPᵀ Q - (Z + Zᵀ) K
+    tied:   dV = X    dc = ⟨Y, E⟩ row by row                       untied: dV = Y    dc = -⟨k, a∘(Y Sᵀ)⟩ - Σ_j M_ij (Y Uᵀ)_ij
+
+The inverse needs no derivative of its own: dM = -Z. Each state warpgroup carries 64 columns of dS as dSᵀ [64, K] in
+registers through g, Y and dS; the helper makes P beforehand, then all that leaves the chunk.
+"""
+
+from types import SimpleNamespace
+
+import jax
+import jax.experimental.pallas as pl
+import jax.experimental.pallas.mosaic_gpu as plgpu
+import jax.numpy as jnp
+from jax import lax
+
+from pallas_kernels.hopper.mosaic import (
+    CHUNK,
+    COLS,
+    F32,
+    ROWS,
+    TILE,
+    iota,
+    kernel,
+    matmul,
+    per_column,
+    per_row,
+    smem,
+    stage,
+)
+
+SQUARE = (CHUNK, CHUNK)
+STATE_REGISTERS, HELPER_REGISTERS = 176, 152
+
+
+def backward(query, key, d_output, saved, vectors, documents, d_final, *, scale, tied):
+    """Gradients of one call of `forward(..., save=True)`.
+
+    Args:
+        query, key: [B, T, Hk, K]; d_output [B, T, H, V], all of one type.
+        saved: states, inverse, solved as `forward` returned them.
+        vectors, documents: as given to `forward`.
+        d_final: [B, H, V, K] float32 or None for zeros.
+
+    Returns:
+        name -> array. d_query, d_key: [B, T, H, K], one for every value head; d_value [B, T, H, V] (untied: of
+        value times write); d_erase [B, H, N·64] float32; d_initial [B, H, V, K] float32. With log-decay (sums in vectors) also the
+        cotangent of its sums, d_decay [B, H, N·64]; to the chunk's last token belong besides the sum over its ends
+        [B, H, N·64] and the sum over V of whole [B, H, N, V].
+    """
+    batch, length, key_heads, key_dim = key.shape
+    heads, value_dim = d_output.shape[2:]
+    chunks = pl.cdiv(length, CHUNK)
+    writers = value_dim // 64
+    dtype = d_output.dtype
+    masked, decayed, summed = documents is not None, "left" in vectors, "sums" in vectors
+    inputs = dict(
+        query=query, key=key, d_output=d_output, states=saved["states"], inverse=saved["inverse"],
+        solved=saved["solved"], **{f"{name}_v": x for name, x in vectors.items()},
+    )  # fmt: skip
+    if masked:
+        inputs["documents"] = documents
+    if d_final is not None:
+        inputs["d_final"] = d_final
+    per_token = jax.ShapeDtypeStruct((batch, heads, chunks * CHUNK), F32)
+    outputs = dict(
+        d_query=jax.ShapeDtypeStruct((batch, length, heads, key_dim), dtype),
+        d_key=jax.ShapeDtypeStruct((batch, length, heads, key_dim), dtype),
+        d_value=jax.ShapeDtypeStruct(d_output.shape, dtype),
+        d_erase=per_token,
+        d_initial=jax.ShapeDtypeStruct((batch, heads, value_dim, key_dim), F32),
+    )
+    if summed:
+        outputs |= dict(d_decay=per_token, ends=per_token, whole=jax.ShapeDtypeStruct((batch, heads, chunks, value_dim), F32))
+    vector = plgpu.SMEM((CHUNK,), F32)
+    parts = key_dim // 64
+    copies = dict(
+        q_s=smem((1, CHUNK, key_dim), dtype),
+        k_s=smem((1, CHUNK, key_dim), dtype),
+        o_s=smem((1, CHUNK, value_dim), dtype),
+        u_s=smem((1, CHUNK, value_dim), dtype),
+        h_s=smem((1, value_dim, key_dim), dtype),
+        t_s=smem((1, *SQUARE), dtype),
+        erase_c=vector,
+        erase_r=vector,
+        left_c=vector if decayed else None,
+        left_r=vector if decayed else None,
+        right_c=vector if decayed else None,
+        right_r=vector if decayed else None,
+        sums_r=vector if summed else None,
+        sums_c=vector if summed else None,
+        documents_r=plgpu.SMEM((CHUNK,), jnp.int32) if masked else None,
+        documents_c=plgpu.SMEM((CHUNK,), jnp.int32) if masked else None,
+    )
+    copies = {name: ref for name, ref in copies.items() if ref is not None}
+    scratch = copies | dict(
+        p_s=smem((1, *SQUARE), dtype),  # P, then Z
+        dp_s=smem((1, *SQUARE), dtype),  # -dP
+        y_s=smem((1, CHUNK, value_dim), dtype),  # Y, then X: the gradient of the values
+        ds_s=smem((1, value_dim, key_dim), dtype),  # -dS'
+        dq_s=smem((parts, *SQUARE), dtype),
+        dk_s=smem((parts, *SQUARE), dtype),
+        d_erase_s=vector,
+        d_decay_s=vector if summed else None,
+        ends_s=vector if summed else None,
+        whole_s=plgpu.SMEM((value_dim,), F32) if summed else None,
+        zero_s=plgpu.SMEM((CHUNK,), jnp.int32),
+        full=plgpu.Barrier(num_arrivals=len(copies)),
+        scores_ready=plgpu.Barrier(),
+        state_ready=plgpu.Barrier(num_arrivals=writers),
+        y_ready=plgpu.Barrier(num_arrivals=writers),
+        inputs_free=plgpu.Barrier(num_arrivals=writers),
+        done=plgpu.Barrier(num_arrivals=writers + 1),
+        helper_stage=stage(dtype),
+        **{f"state_stage_{w}": stage(dtype) for w in range(writers)},
+    )
+    config = SimpleNamespace(
+        chunks=chunks, group=heads // key_heads, key_dim=key_dim, value_dim=value_dim, writers=writers, parts=parts,
+        dtype=dtype, scale=scale, tied=tied, masked=masked, decayed=decayed, summed=summed, given=d_final is not None,
+        copies=tuple(copies),
+    )  # fmt: skip
+    names = (*inputs, *outputs)
+
+    def body(*refs, **scratch_refs):
+        r = SimpleNamespace(**dict.fromkeys(scratch), **dict(zip(names, refs, strict=True)))
+        r.__dict__.update(scratch_refs)
+        r.b, r.h = lax.axis_index("b"), lax.axis_index("h")
+        r.first = 0 * r.b  # traced: lowering takes no constant here
+        warpgroup = lax.axis_index("warpgroup")
+        for w in range(writers):
+            pl.when(warpgroup == w)(lambda w=w: _state(config, r, w))
+        pl.when(warpgroup == writers)(lambda: _helper(config, r))
+        plgpu.barrier_arrive(r.done)
+        plgpu.barrier_wait(r.done)
+
+    results = kernel(
+        body,
+        name="efla_backward",
+        out_type=tuple(outputs.values()),
+        grid=(batch, heads),
+        grid_names=("b", "h"),
+        scratch=scratch,
+        warpgroups=writers + 1,
+    )(*inputs.values())
+    return dict(zip(outputs, results, strict=True))
+
+
+def _state(config, r, w):
+    """One state warpgroup: columns 64w … 64w+63 of dS."""
+    if config.writers == 2:
+        plgpu.set_max_registers(STATE_REGISTERS, action="increase")
+    columns = pl.ds(w * 64, 64)
+    staged = getattr(r, f"state_stage_{w}")
+    shape = (64, config.key_dim)
+    if config.given:
+        d_state = plgpu.load(r.d_final.at[r.b, r.h, columns], layout=TILE, optimized=False)
+    else:
+        d_state = plgpu.layout_cast(jnp.zeros(shape, F32), TILE)
+
+    def step(_, d_state):
+        plgpu.barrier_wait(r.full)
+        low = d_state.astype(config.dtype)
+        r.ds_s.at[r.first, columns][...] = (d_state * -1.0).astype(config.dtype)
+        plgpu.commit_smem()
+        plgpu.barrier_arrive(r.state_ready)
+        d_update = matmul(low, r.k_s.at[r.first].T, SQUARE, staged=staged)
+        if config.decayed:
+            d_update = d_update * per_column(plgpu.load(r.right_c, layout=COLS), SQUARE)
+        plgpu.barrier_wait(r.scores_ready)
+        o_t = r.o_s.at[r.first, :, columns].T
+        d_update = matmul(o_t, r.p_s.at[r.first], SQUARE, init=d_update, staged=staged)
+        y = matmul(d_update.astype(config.dtype), r.t_s.at[r.first], SQUARE, staged=staged)
+        r.y_s.at[r.first, :, columns].T[...] = y.astype(config.dtype)
+        plgpu.commit_smem()
+        plgpu.barrier_arrive(r.y_ready)
+        factor = plgpu.load(r.erase_c, layout=COLS) * -1.0
+        if config.decayed:
+            left = plgpu.load(r.left_c, layout=COLS)
+            factor = factor * left
+            d_state = d_state * r.left_c[CHUNK - 1]
+        if config.decayed or config.scale != 1:
+            o_t = plgpu.load(o_t, layout=TILE).astype(F32) * config.scale
+            if config.decayed:
+                o_t = o_t * per_column(left, SQUARE)
+            o_t = o_t.astype(config.dtype)
+        new = matmul(
+            [o_t, (y * per_column(factor, SQUARE)).astype(config.dtype)], [r.q_s.at[r.first], r.k_s.at[r.first]], shape, init=d_state,
+            staged=staged,
+        )  # fmt: skip
+        plgpu.barrier_arrive(r.inputs_free)
+        return new
+
+    r.d_initial.at[r.b, r.h, columns][...] = lax.fori_loop(0, config.chunks, step, d_state)
+
+
+def _helper(config, r):
+    """The helper warpgroup: copies, P, and everything that leaves the chunk but dS."""
+    if config.writers == 2:
+        plgpu.set_max_registers(HELPER_REGISTERS, action="decrease")
+    head = lax.div(r.h, config.group)
+    vectors = ("erase_c", "erase_r", "left_c", "left_r", "right_c", "right_r", "sums_r", "sums_c")
+
+    def load(n):
+        rows = pl.ds(n * CHUNK, CHUNK)
+        plgpu.commit_smem()
+        sources = dict(
+            q_s=r.query.at[r.b, rows, head], k_s=r.key.at[r.b, rows, head], o_s=r.d_output.at[r.b, rows, r.h],
+            u_s=r.solved.at[r.b, rows, r.h], h_s=r.states.at[r.b, r.h, n], t_s=r.inverse.at[r.b, r.h, n],
+        )  # fmt: skip
+        for name in config.copies:
+            if name in vectors:
+                source = getattr(r, name[:-1] + "v").at[r.b, r.h, rows]
+            elif name.startswith("documents"):
+                source = r.documents.at[r.b, rows]
+            else:
+                source = sources[name]
+            target = getattr(r, name)
+            plgpu.copy_gmem_to_smem(source, target.at[r.first] if name in sources else target, r.full)
+
+    r.zero_s[...] = plgpu.layout_cast(jnp.zeros((CHUNK,), jnp.int32), ROWS)
+    load(config.chunks - 1 + 0 * r.b)  # traced: a slice that reaches over the end is refused if it is known
+
+    def step(i, carry):
+        n = config.chunks - 1 - i
+        plgpu.barrier_wait(r.full)
+        plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+        _queries(config, r, n)
+        _keys(config, r, n)
+        plgpu.barrier_wait(r.inputs_free)
+        pl.when(n > 0)(lambda: load(n - 1))
+        rows = pl.ds(n * CHUNK, CHUNK)
+        for part in range(config.parts):
+            columns = pl.ds(part * 64, 64)
+            plgpu.copy_smem_to_gmem(r.dk_s.at[part], r.d_key.at[r.b, rows, r.h, columns], commit_group=False)
+        plgpu.commit_smem_to_gmem_group()
+        return carry
+
+    lax.fori_loop(0, config.chunks, step, None)
+    plgpu.wait_smem_to_gmem(0)
+
+
+def _tiles(r):
+    """The tiles of shared memory, at addresses that the compiler cannot know to be the same as before: the operands'
+    descriptors are then made where they are used. Known, all of them would be made once and kept in registers."""
+    zero = r.zero_s[0]
+    names = ("q_s", "k_s", "o_s", "u_s", "h_s", "y_s", "ds_s", "p_s", "dp_s")
+    return SimpleNamespace(**{name: getattr(r, name).at[zero] for name in names})
+
+
+def _place(r):
+    """Row and column numbers of a square; not known to be the same as before, as above."""
+    zero = r.zero_s[0]
+    return iota(0) + zero, iota(1) + zero
+
+
+def _pairs(config, r, x, strict=False):
+    """tril(D∘x), or below the diagonal only."""
+    row, column = _place(r)
+    keep = row > column if strict else row >= column
+    if config.masked:
+        documents = plgpu.load(r.documents_r, layout=ROWS), plgpu.load(r.documents_c, layout=COLS)
+        keep = keep & (per_row(documents[0], SQUARE) == per_column(documents[1], SQUARE))
+    if config.summed:
+        sums = plgpu.load(r.sums_r, layout=ROWS), plgpu.load(r.sums_c, layout=COLS)
+        apart = jnp.where(keep, per_row(sums[0], SQUARE) - per_column(sums[1], SQUARE), -jnp.inf)
+        return lax.optimization_barrier(x * jnp.exp2(apart))
+    return lax.optimization_barrier(jnp.where(keep, x, 0.0))
+
+
+def _queries(config, r, n):
+    """P for the state warpgroups, dP, dQ."""
+    staged = r.helper_stage
+    low = lambda x: x.astype(config.dtype)
+    s = _tiles(r)
+    scores = matmul(s.q_s, s.k_s.T, SQUARE, staged=staged)
+    s.p_s[...] = low(_pairs(config, r, scores) * config.scale)
+    plgpu.commit_smem()
+    plgpu.barrier_arrive(r.scores_ready)
+    s = _tiles(r)
+    d_scores = _times_updates(config, r, s, s.o_s)
+    d_scores = _pairs(config, r, d_scores) * config.scale
+    d_scores_low = low(d_scores)
+    s.dp_s[...] = low(d_scores * -1.0)
+    decay = None
+    for part in range(config.parts):
+        columns = pl.ds(part * 64, 64)
+        s = _tiles(r)
+        k_s, h_s = s.k_s.at[:, columns], s.h_s.at[:, columns]
+        if config.decayed or config.scale != 1:
+            read = matmul(s.o_s, h_s, SQUARE, staged=staged) * config.scale
+            if config.decayed:
+                read = read * _rows(r.left_r)
+            d_query = matmul(d_scores_low, k_s, SQUARE, init=read, staged=staged)
+        else:
+            d_query = matmul([s.o_s, d_scores_low], [h_s, k_s], SQUARE, staged=staged)
+        r.dq_s.at[part][...] = low(d_query)
+        if config.summed:
+            dot = _row_dot(d_query, s.q_s.at[:, columns])
+            decay = dot if decay is None else decay + dot
+    if config.summed:
+        r.d_decay_s[...] = decay
+    plgpu.commit_smem()
+    for part in range(config.parts):
+        target = r.d_query.at[r.b, pl.ds(n * CHUNK, CHUNK), r.h, pl.ds(part * 64, 64)]
+        plgpu.copy_smem_to_gmem(r.dq_s.at[part], target, commit_group=False)
+    plgpu.commit_smem_to_gmem_group()
+
+
+def _keys(config, r, n):
+    """Gradients of the values, of erase and of the keys, once the state warpgroups have Y."""
+    staged = r.helper_stage
+    rows = pl.ds(n * CHUNK, CHUNK)
+    plgpu.barrier_wait(r.state_ready)
+    plgpu.barrier_wait(r.y_ready)
+    s = _tiles(r)
+    couplings = _times_updates(config, r, s, s.y_s)  # Y Uᵀ
+    d_erase = None
+    if not config.tied:
+        gram = _pairs(config, r, matmul(s.k_s, s.k_s.T, SQUARE, staged=staged), strict=True)
+        d_erase = jnp.sum(gram * couplings, axis=1) * -1.0
+    z_low = (_pairs(config, r, couplings, strict=True) * _rows(r.erase_r)).astype(config.dtype)
+    s.p_s[...] = z_low
+    plgpu.commit_smem()
+    decay, ends = (plgpu.load(r.d_decay_s, layout=ROWS), None) if config.summed else (None, None)
+    for part in range(config.parts):
+        columns = pl.ds(part * 64, 64)
+        s = _tiles(r)
+        k_s, q_s = s.k_s.at[:, columns], s.q_s.at[:, columns]
+        # everything of -dK: what the state at the chunk's start and what later tokens have of it
+        recalled = matmul(s.y_s, s.h_s.at[:, columns], SQUARE, staged=staged)
+        if config.decayed:
+            recalled = recalled * _rows(r.left_r)
+        if not config.tied:
+            dot = _row_dot(recalled, k_s) * -1.0
+            d_erase = d_erase + dot
+        before = matmul(z_low, k_s, SQUARE, init=recalled * _rows(r.erase_r), staged=staged)
+        stored = matmul(s.u_s, s.ds_s.at[:, columns], SQUARE, staged=staged)
+        if config.tied:
+            stored = stored * _rows(r.erase_r)
+        if config.decayed:
+            stored = stored * _rows(r.right_r)
+        after = matmul([s.dp_s.T, s.p_s.T], [q_s, k_s], SQUARE, init=stored, staged=staged)
+        r.dk_s.at[part][...] = ((before + after) * -1.0).astype(config.dtype)
+        if config.summed:
+            decay = decay + _row_dot(after - before, k_s)
+            end = _row_dot(stored * -1.0, k_s)
+            ends = end if ends is None else ends + end
+    r.d_erase_s[...] = _values(config, r) if config.tied else d_erase
+    if config.summed:
+        r.d_decay_s[...] = decay
+        r.ends_s[...] = ends
+        _whole(config, r)
+    plgpu.commit_smem()
+    plgpu.copy_smem_to_gmem(r.y_s.at[r.first], r.d_value.at[r.b, rows, r.h], commit_group=False)
+    plgpu.copy_smem_to_gmem(r.d_erase_s, r.d_erase.at[r.b, r.h, rows], commit_group=False)
+    if config.summed:
+        plgpu.copy_smem_to_gmem(r.d_decay_s, r.d_decay.at[r.b, r.h, rows], commit_group=False)
+        plgpu.copy_smem_to_gmem(r.ends_s, r.ends.at[r.b, r.h, rows], commit_group=False)
+        plgpu.copy_smem_to_gmem(r.whole_s, r.whole.at[r.b, r.h, n], commit_group=False)
+
+
+def _rows(ref):
+    """A vector of shared memory over the columns of a square."""
+    return per_row(plgpu.load(ref, layout=ROWS), SQUARE)
+
+
+def _row_dot(x, ref):
+    """⟨x_i, ref_i⟩ of every row."""
+    return jnp.sum(x * plgpu.load(ref, layout=TILE).astype(F32), axis=1)
+
+
+def _times_updates(config, r, s, x):
+    """x Uᵀ; tied, U = c∘E, and c is applied to the product's columns."""
+    out = matmul(x, s.u_s.T, SQUARE, staged=r.helper_stage)
+    return out * per_column(plgpu.load(r.erase_c, layout=COLS), SQUARE) if config.tied else out
+
+
+def _values(config, r):
+    """Tied: Y becomes X = c∘Y in place; returns ⟨Y, E⟩ of every row."""
+    total = None
+    for w in range(config.writers):
+        columns = pl.ds(w * 64, 64)
+        s = _tiles(r)
+        y = plgpu.load(s.y_s.at[:, columns], layout=TILE).astype(F32)
+        dot = _row_dot(y, s.u_s.at[:, columns])
+        total = dot if total is None else total + dot
+        s.y_s.at[:, columns][...] = (y * _rows(r.erase_r)).astype(config.dtype)
+    return total
+
+
+def _whole(config, r):
+    """d⟨S, dS'⟩, a value for each column of the state."""
+    for w in range(config.writers):
+        total = None
+        for part in range(config.parts):
+            tile = pl.ds(w * 64, 64), pl.ds(part * 64, 64)
+            s = _tiles(r)
+            dot = _row_dot(plgpu.load(s.h_s.at[tile], layout=TILE).astype(F32), s.ds_s.at[tile])
+            total = dot if total is None else total + dot
+        r.whole_s.at[pl.ds(w * 64, 64)][...] = total * (r.left_c[CHUNK - 1] * -1.0)

@@ -1,0 +1,119 @@
+"""What the Hopper kernels are built from: tiles in shared memory, products on the tensor cores, masks.
+
+Letters: a tile of a chunk has C = 64 tokens. Registers of a warpgroup hold a tile in the layout of a wgmma
+accumulator; ROWS and COLS are its reductions, one value per row or per column.
+"""
+
+import jax
+import jax.experimental.pallas as pl
+import jax.experimental.pallas.mosaic_gpu as plgpu
+import jax.numpy as jnp
+from jax import lax
+
+CHUNK = 64
+F32 = jnp.float32
+TILE = plgpu.Layout.WGMMA
+ROWS = TILE.reduce(1)
+COLS = TILE.reduce(0)
+
+
+def interpret_params():
+    """What a kernel traced here is interpreted with: False outside an interpret context, else its parameters.
+
+    JAX offers no public way to ask; a kernel that does nothing is traced and its parameter read.
+    """
+    x = jax.ShapeDtypeStruct((1,), jnp.float32)
+    jaxpr = jax.make_jaxpr(pl.pallas_call(lambda in_ref, out_ref: None, out_shape=x))(x)
+    return next(eqn.params["interpret"] for eqn in jaxpr.eqns if "interpret" in eqn.params)
+
+
+def interpreting() -> bool:
+    """Whether kernels traced here are interpreted as GPU kernels."""
+    return isinstance(interpret_params(), plgpu.InterpretGPUParams)
+
+
+def smem(shape, dtype):
+    """Shared memory laid out for TMA and wgmma alike: swizzled tiles of 8 rows."""
+    itemsize = jnp.dtype(dtype).itemsize
+    swizzle = plgpu.find_swizzle(shape[-1] * itemsize * 8)
+    tiling = plgpu.TilingTransform((8, swizzle // itemsize))
+    return plgpu.SMEM(shape, dtype, transforms=(tiling, plgpu.SwizzleTransform(swizzle)))
+
+
+def stage(dtype):
+    """Where a register operand goes when interpreting, which knows wgmma from shared memory only; None on a card."""
+    return plgpu.SMEM((CHUNK, 128), dtype) if interpreting() else None
+
+
+def product(acc, a, b, staged=None):
+    """acc += a @ b, asynchronous. a: shared memory, or 16-bit registers in TILE layout; b: shared memory."""
+    if staged is not None and isinstance(a, jax.Array):
+        staged.at[:, pl.ds(0, a.shape[1])][...] = a
+        plgpu.commit_smem()
+        a = staged.at[:, pl.ds(0, a.shape[1])]
+    plgpu.wgmma(acc, a, b)
+
+
+def read(acc, in_flight=0):
+    """The accumulator's value once all but the last `in_flight` products are done.
+
+    The barrier keeps the compiler from moving arithmetic on the result before the wait, on which it does not depend.
+    """
+    return lax.optimization_barrier(plgpu.wgmma_accumulator_load(acc, wait_n=in_flight))
+
+
+def matmul(a, b, shape, init=None, staged=None):
+    """init + a @ b in float32, waited for. a and b may be equally long lists of terms, added up."""
+    pairs = list(zip(a, b, strict=True)) if isinstance(a, list) else [(a, b)]
+
+    def scoped(acc):
+        for left, right in pairs:
+            product(acc, left, right, staged)
+        return plgpu.wgmma_accumulator_load(acc, wait_n=0)
+
+    if init is None:
+        out = pl.run_scoped(scoped, plgpu.ACC(shape, F32))
+    elif staged is not None:  # the interpreter knows no accumulator with a first value
+        out = init + pl.run_scoped(scoped, plgpu.ACC(shape, F32))
+    else:
+        out = pl.run_state(lambda acc: [product(acc, *pair) for pair in pairs] and None)(plgpu.ACC.init(init))
+    return lax.optimization_barrier(out)
+
+
+def iota(axis, columns=CHUNK):
+    """Row (0) or column (1) number in a [C, columns] tile."""
+    return plgpu.broadcasted_iota(jnp.int32, (CHUNK, columns), axis, layout=TILE)
+
+
+def per_row(x, shape):
+    """x [rows] in ROWS layout over a tile."""
+    return lax.broadcast_in_dim(x, shape, [0])
+
+
+def per_column(x, shape):
+    """x [columns] in COLS layout over a tile."""
+    return lax.broadcast_in_dim(x, shape, [1])
+
+
+def kernel(body, *, name, out_type, grid, grid_names, scratch, warpgroups):
+    """`plgpu.kernel` as all kernels here use it; scratch entries that are None are dropped.
+
+    Indices are 32 bits wide, also where a program has enabled x64.
+    """
+    run = plgpu.kernel(
+        body,
+        out_type=out_type,
+        grid=grid,
+        grid_names=grid_names,
+        num_threads=warpgroups,
+        thread_name="warpgroup",
+        scratch_types={key: value for key, value in scratch.items() if value is not None},
+        compiler_params=plgpu.CompilerParams(approx_math=True),
+        kernel_name=name,
+    )
+
+    def narrow(*args):
+        with jax.enable_x64(False):
+            return run(*args)
+
+    return narrow

@@ -1,0 +1,163 @@
+"""The delta rule on a Hopper GPU: from the arrays of the op to those of the kernels, and back.
+
+What XLA does here besides: transposes per-token numbers to [B, H, T] (4 bytes a token and head against 1024 of q, k, v
+and o at K = V = 128), sums log-decays within chunks, pads K and V to 64 or 128 and T to a multiple of 8, and, where
+write differs from erase, multiplies the values by write.
+"""
+
+import jax
+import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
+
+from pallas_kernels.hopper.backward import backward as backward_kernel
+from pallas_kernels.hopper.forward import forward as forward_kernel
+from pallas_kernels.hopper.mosaic import CHUNK
+
+DTYPES = (jnp.bfloat16, jnp.float16)
+LARGEST = 128  # of K and V
+LOG2E = 1.4426950408889634
+
+
+def unsupported(dtypes, key_dim, value_dim, chunk_size):
+    """Why the kernels cannot serve a call of this kind, or None."""
+    if len(set(dtypes)) > 1 or dtypes[0] not in DTYPES:
+        names = ", ".join(jnp.dtype(dtype).name for dtype in dtypes)
+        return f"query, key and value are {names}; the kernels take all bfloat16 or all float16"
+    if key_dim > LARGEST or value_dim > LARGEST:
+        return f"K={key_dim} and V={value_dim}; the kernels take at most {LARGEST} of both"
+    if chunk_size not in (None, CHUNK):
+        return f"chunk_size={chunk_size}; the kernels' chunks are of {CHUNK} tokens"
+    return None
+
+
+def forward(query, key, value, erase, write, log_decay, initial_state, documents, *, scale, save):
+    """Output, final state and the residuals of `backward`.
+
+    Args:
+        query, key: [B, T, Hk, K] bfloat16 or float16, K ≤ 128; value [B, T, H, V] of the same type, V ≤ 128.
+        erase: [B, T, H] float32. write: likewise, or None where it is erase.
+        log_decay: [B, T, H] float32 or None.
+        initial_state: [B, H, K, V] float32 or None for zeros.
+        documents: [B, T] int32 or None, how many documents of the row began up to the token, not counting token 0.
+        save: whether to return residuals; else ().
+    """
+    length, key_dim, value_dim = key.shape[1], key.shape[-1], value.shape[-1]
+    tied = write is None
+    if not tied:
+        value = (write[..., None] * value).astype(value.dtype)
+    query, key, value = _padded(query, key, value)
+    vectors, documents = _vectors(erase, log_decay, documents)
+    out = forward_kernel(
+        key, query, value, vectors, documents, _transposed(initial_state, key.shape[-1], value.shape[-1]),
+        scale=scale, tied=tied, save=save,
+    )  # fmt: skip
+    residuals = ()
+    if save:
+        residuals = tuple(checkpoint_name(out[name], f"efla_{name}") for name in ("states", "inverse", "solved"))
+    return out["output"][:, :length, :, :value_dim], _state(out["final"], key_dim, value_dim), residuals
+
+
+def backward(query, key, value, erase, write, log_decay, initial_state, documents, residuals, d_output, d_state, *, scale):
+    """Gradients of the eight inputs of `forward` but documents, in order; None where the input is None."""
+    batch, length, key_heads, key_dim = key.shape
+    heads, value_dim = value.shape[2:]
+    tied = write is None
+    padded_query, padded_key, d_output = _padded(query, key, d_output.astype(value.dtype))
+    vectors, documents = _vectors(erase, log_decay, documents)
+    saved = dict(zip(("states", "inverse", "solved"), residuals, strict=True))
+    out = backward_kernel(
+        padded_query, padded_key, d_output, saved, vectors, documents,
+        _transposed(d_state, padded_key.shape[-1], d_output.shape[-1]), scale=scale, tied=tied,
+    )  # fmt: skip
+    per_token = lambda x: jnp.swapaxes(x[..., :length], 1, 2)
+    d_query, d_key = (_per_key_head(out[name][:, :length, :, :key_dim], key_heads) for name in ("d_query", "d_key"))
+    d_value = out["d_value"][:, :length, :, :value_dim]
+    d_write = None
+    if not tied:
+        d_write = jnp.sum(d_value.astype(jnp.float32) * value, -1)
+        d_value = (write[..., None] * d_value).astype(value.dtype)
+    d_log_decay = None
+    if log_decay is not None:
+        d_log_decay = per_token(_log_decay_gradient(out, documents))
+    d_initial = None if initial_state is None else _state(out["d_initial"], key_dim, value_dim)
+    return d_query, d_key, d_value, per_token(out["d_erase"]), d_write, d_log_decay, d_initial
+
+
+def _padded(*arrays):
+    """[B, T, H, D] with T a multiple of 8, which TMA asks for, and D 64 or 128."""
+    result = []
+    for x in arrays:
+        size = CHUNK if x.shape[-1] <= CHUNK else LARGEST
+        missing = -x.shape[1] % 8, size - x.shape[-1]
+        result.append(jnp.pad(x, ((0, 0), (0, missing[0]), (0, 0), (0, missing[1]))) if any(missing) else x)
+    return result
+
+
+def _transposed(state, key_dim, value_dim):
+    """[B, H, K, V] or None -> [B, H, V, K], both padded."""
+    if state is None:
+        return None
+    state = jnp.swapaxes(state.astype(jnp.float32), 2, 3)
+    missing = value_dim - state.shape[2], key_dim - state.shape[3]
+    return jnp.pad(state, ((0, 0), (0, 0), (0, missing[0]), (0, missing[1]))) if any(missing) else state
+
+
+def _state(transposed, key_dim, value_dim):
+    return jnp.swapaxes(transposed[:, :, :value_dim, :key_dim], 2, 3)
+
+
+def _per_key_head(x, key_heads):
+    """[B, T, H, K] summed over the value heads that share a key head."""
+    batch, length, heads, dim = x.shape
+    if heads == key_heads:
+        return x
+    grouped = x.reshape(batch, length, key_heads, heads // key_heads, dim)
+    return jnp.sum(grouped, 3, dtype=jnp.float32).astype(x.dtype)
+
+
+def _chunked(x, mode="constant"):
+    """[..., T] -> [..., N, C]."""
+    missing = -x.shape[-1] % CHUNK
+    x = jnp.pad(x, ((0, 0),) * (x.ndim - 1) + ((0, missing),), mode=mode)
+    return x.reshape(*x.shape[:-1], -1, CHUNK)
+
+
+def _reach(documents):
+    """[1 or B, 1, 1 or N, C, C]: j ≤ i in one document. Sums run along its rows, so that they restart exactly."""
+    reach = jnp.tril(jnp.ones((1, 1, 1, CHUNK, CHUNK), bool))
+    if documents is None:
+        return reach
+    documents = documents[:, None]
+    return reach & (documents[..., :, None] == documents[..., None, :])
+
+
+def _vectors(erase, log_decay, documents):
+    """What the kernels read per token, [B, H, N·64] float32, and documents [B, N·64]."""
+    by_head = lambda x: _chunked(jnp.swapaxes(x.astype(jnp.float32), 1, 2))
+    erase = by_head(erase)
+    vectors = dict(erase=erase)
+    first = last = jnp.ones((), bool)
+    if documents is not None:
+        documents = _chunked(documents.astype(jnp.int32), mode="edge")  # padding belongs to the last document
+        before = jnp.pad(documents[:, :-1, -1:], ((0, 0), (1, 0), (0, 0)))
+        first, last = (documents == before)[:, None], (documents == documents[..., -1:])[:, None]
+        ones = jnp.ones_like(erase)
+        vectors |= dict(left=jnp.where(first, ones, 0), right=jnp.where(last, ones, 0))
+    if log_decay is not None:
+        sums = jnp.sum(jnp.where(_reach(documents), by_head(log_decay)[..., None, :], 0), -1)
+        vectors |= dict(
+            sums=sums * LOG2E,
+            left=jnp.where(first, jnp.exp(sums), 0),
+            right=jnp.where(last, jnp.exp(jnp.where(last, sums[..., -1:] - sums, 0)), 0),
+        )
+    flat = lambda x: x.reshape(*x.shape[:-2], -1)
+    return {name: flat(x) for name, x in vectors.items()}, None if documents is None else flat(documents)
+
+
+def _log_decay_gradient(out, documents):
+    """[B, H, N·64]: a log-decay collects the cotangents of the sums that lie behind it in its chunk and document."""
+    d_sums, ends = (x.reshape(*x.shape[:2], -1, CHUNK) for x in (out["d_decay"], out["ends"]))
+    d_sums = d_sums.at[..., -1].add(jnp.sum(out["whole"], -1) + jnp.sum(ends, -1))
+    reach = _reach(None if documents is None else documents.reshape(documents.shape[0], -1, CHUNK))
+    gradient = jnp.sum(jnp.where(reach, d_sums[..., :, None], 0), -2)
+    return gradient.reshape(*gradient.shape[:2], -1)

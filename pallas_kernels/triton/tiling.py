@@ -1,0 +1,113 @@
+"""Tile sizes of the kernels, by architecture, type and K; and which calls they serve.
+
+The table was made from what each candidate compiles to: no spills in the scans, tiles that no warp computes twice,
+shared memory within the smallest card of the architecture.
+"""
+
+from typing import NamedTuple
+
+import jax.numpy as jnp
+
+KEY_DIMS = (16, 32, 64, 128)
+VALUE_DIMS = (16, 32, 64, 128, 256)
+DTYPES = ("bfloat16", "float16")
+OLDEST = 80  # sm_80: bfloat16 and TF32 tensor cores, asynchronous copies
+
+
+class Tile(NamedTuple):
+    """Columns of K and of V that a program holds at a time (at most), its warps, the stages of its loop's loads."""
+
+    key_columns: int
+    columns: int
+    warps: int
+    stages: int
+
+
+class Tiles(NamedTuple):
+    """`grouped` is `gradients` where several value heads share a key head: it then holds sums over them too."""
+
+    prepare: Tile
+    scan: Tile
+    reverse_scan: Tile
+    gradients: Tile
+    grouped: Tile
+
+
+_ALL = 1 << 30
+# (sm_90, bytes of what products take, K > 64). Whatever is not sm_90 has the warp-level instructions of sm_80.
+_TABLE = {
+    (False, 2, False): Tiles(
+        prepare=Tile(_ALL, _ALL, 4, 1),
+        scan=Tile(_ALL, 32, 4, 2),
+        reverse_scan=Tile(_ALL, 32, 4, 2),
+        gradients=Tile(32, 64, 4, 2),
+        grouped=Tile(32, 32, 8, 2),
+    ),
+    (False, 2, True): Tiles(
+        prepare=Tile(_ALL, _ALL, 8, 1),
+        scan=Tile(_ALL, 32, 8, 2),
+        reverse_scan=Tile(_ALL, 32, 8, 2),
+        gradients=Tile(32, 64, 4, 2),
+        grouped=Tile(32, 32, 8, 2),
+    ),
+    (False, 4, False): Tiles(
+        prepare=Tile(_ALL, _ALL, 4, 1),
+        scan=Tile(_ALL, 16, 8, 2),
+        reverse_scan=Tile(_ALL, 16, 8, 2),
+        gradients=Tile(32, 16, 4, 1),
+        grouped=Tile(16, 16, 8, 1),
+    ),
+    (False, 4, True): Tiles(
+        prepare=Tile(_ALL, _ALL, 8, 1),
+        scan=Tile(_ALL, 16, 8, 2),
+        reverse_scan=Tile(_ALL, 16, 8, 2),
+        gradients=Tile(32, 16, 4, 1),
+        grouped=Tile(16, 16, 8, 1),
+    ),
+    (True, 2, False): Tiles(
+        prepare=Tile(_ALL, _ALL, 4, 1),
+        scan=Tile(_ALL, 64, 4, 2),
+        reverse_scan=Tile(_ALL, 64, 4, 2),
+        gradients=Tile(64, 64, 4, 1),
+        grouped=Tile(32, 32, 8, 1),
+    ),
+    (True, 2, True): Tiles(
+        prepare=Tile(_ALL, _ALL, 4, 1),
+        scan=Tile(_ALL, 64, 8, 3),
+        reverse_scan=Tile(_ALL, 64, 8, 3),
+        gradients=Tile(128, 64, 8, 2),
+        grouped=Tile(64, 64, 8, 2),
+    ),
+    (True, 4, False): Tiles(
+        prepare=Tile(_ALL, _ALL, 4, 1),
+        scan=Tile(_ALL, 16, 4, 2),
+        reverse_scan=Tile(_ALL, 16, 4, 2),
+        gradients=Tile(64, 64, 8, 1),
+        grouped=Tile(32, 32, 8, 1),
+    ),
+    (True, 4, True): Tiles(
+        prepare=Tile(_ALL, _ALL, 4, 1),
+        scan=Tile(_ALL, 16, 8, 1),
+        reverse_scan=Tile(_ALL, 32, 8, 1),
+        gradients=Tile(64, 64, 8, 1),
+        grouped=Tile(32, 32, 8, 1),
+    ),
+}
+
+
+def tiles(capability, itemsize, key_dim, value_dim):
+    """The tiles for a device (90 for sm_90), the bytes of what products take, K and V."""
+    fit = lambda tile: tile._replace(key_columns=min(tile.key_columns, key_dim), columns=min(tile.columns, value_dim))
+    return Tiles(*map(fit, _TABLE[90 <= capability < 100, itemsize, key_dim > 64]))
+
+
+def declines(query, key, value):
+    """Why the kernels do not serve arrays of these shapes and types [B, T, heads, D], or None."""
+    types = {jnp.dtype(x.dtype).name for x in (query, key, value)}
+    if len(types) > 1 or not types <= set(DTYPES):
+        return f"query, key and value are {', '.join(sorted(types))}; it needs all bfloat16 or all float16"
+    if key.shape[-1] not in KEY_DIMS:
+        return f"K is {key.shape[-1]}; it needs one of {KEY_DIMS}"
+    if value.shape[-1] not in VALUE_DIMS:
+        return f"V is {value.shape[-1]}; it needs one of {VALUE_DIMS}"
+    return None
