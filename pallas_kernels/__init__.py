@@ -1,1 +1,1 @@
-"""Hardware kernels: arrays in, arrays out. Imports jax alone, never efla_jax."""
+"""Hardware kernels: arrays in, arrays out. Imports jax, and in triton/, once called, jax-triton; never efla_jax."""

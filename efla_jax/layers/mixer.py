@@ -252,8 +252,9 @@ class EFLA(nnx.Module):
         if x_BTE.shape[1] == 1 and cache is not None and segment_ids is None:  # decoding
             decay_BH = None if log_decay is None else log_decay[:, 0]
             mixed_BHV, state = efla_step(
-                query[:, 0], key[:, 0], value[:, 0], beta[:, 0], cache.state, log_decay=decay_BH, **options
-            )
+                query[:, 0], key[:, 0], value[:, 0], beta[:, 0], cache.state, log_decay=decay_BH,
+                partition_spec=partition_spec, **options,
+            )  # fmt: skip
             mixed_BTHV = mixed_BHV[:, None]
         else:
             initial_state = cache.state if cache else None

@@ -2,16 +2,16 @@
 
 from collections.abc import Sequence
 from functools import partial
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int
 
-from efla_jax.ops.coefficients import Integrator, accumulator_dtype, erase_and_write
-from efla_jax.ops.registry import Call, choose
-from efla_jax.ops.scan import delta_rule_step
+from efla_jax.choices import check_choice
+from efla_jax.ops.coefficients import INTEGRATORS, Integrator, accumulator_dtype, erase_and_write
+from efla_jax.ops.registry import STEPS, Call, choose
 from efla_jax.ops.sharding import mesh_axes, per_shard, shards, share_manual_axes
 
 ImplementationName = Literal["pallas_gpu", "triton", "pallas_tpu", "xla", "scan"]
@@ -107,29 +107,53 @@ def delta_rule_attention(
         (output, state): output in value's type, state after the last token in float32 (float64 for float64 inputs).
     """
     _check_sequence(query, key, value, dict(erase=erase, write=write), log_decay, initial_state, segment_ids)
-    precision = _check_options(scale, chunk_size, precision)
+    options = _Options(scale, implementation, chunk_size, precision, partition_spec)
+    return _attend(query, key, value, lambda _: (erase, write), None, log_decay, initial_state, segment_ids, options)
+
+
+class _Options(NamedTuple):
+    """The options that both calls on sequences have."""
+
+    scale: float
+    implementation: ImplementationName | Sequence[ImplementationName] | None
+    chunk_size: int | None
+    precision: Precision
+    partition_spec: PartitionSpec | None
+
+
+def _attend(query, key, value, coefficients, beta, log_decay, initial_state, segment_ids, options):
+    """Chooses an implementation and runs it on every device's share, of inputs that were checked.
+
+    coefficients(key) gives erase and write. beta is not None where they are the exact rule's: an implementation that
+    takes it makes them itself.
+    """
+    precision = _check_options(options.scale, options.chunk_size, options.precision)
     query, key, value = (jnp.asarray(x) for x in (query, key, value))  # of NumPy's float64, float32 unless x64 is on
     batch, length, key_heads, key_dim = key.shape
     heads, value_dim = value.shape[2:]
-    axes = mesh_axes(partition_spec, key, value)
+    axes = mesh_axes(options.partition_spec, key, value)
     parts = shards(axes)
     call = Call(
         batch=batch // parts[0], length=length, key_heads=key_heads // parts[1], heads=heads // parts[1],
         key_dim=key_dim, value_dim=value_dim, dtypes=(query.dtype, key.dtype, value.dtype),
-        log_decay=log_decay is not None, segments=segment_ids is not None, chunk_size=chunk_size, precision=precision,
-        backend=jax.default_backend(),
+        log_decay=log_decay is not None, segments=segment_ids is not None, chunk_size=options.chunk_size,
+        precision=precision, backend=jax.default_backend(),
     )  # fmt: skip
-    run = partial(choose(implementation, call), scale=float(scale), chunk_size=chunk_size, precision=precision)
+    chosen = choose(options.implementation, call)
+    run = partial(chosen.run, scale=float(options.scale), chunk_size=options.chunk_size, precision=precision)
     dtype = accumulator_dtype(query, key, value)
     if initial_state is not None:
         initial_state = initial_state.astype(dtype)
     if length == 0 or batch == 0:
         state = jnp.zeros((batch, heads, key_dim, value_dim), dtype) if initial_state is None else initial_state
         return jnp.zeros_like(value), state
-    tied = write is erase  # the kernels then read one number a token, and solve for the prediction error
-    inputs = share_manual_axes(
-        query, key, value, erase, None if tied else write, log_decay, initial_state, segment_ids
-    )
+    if beta is not None and chosen.takes_beta(call):
+        run, erase, write = partial(run, exact=True), beta, None
+    else:
+        erase, write = coefficients(key)
+        if write is erase:  # kernels then read one number a token, and solve for the prediction error
+            write = None
+    inputs = share_manual_axes(query, key, value, erase, write, log_decay, initial_state, segment_ids)
     return per_shard(run, axes, *inputs)
 
 
@@ -180,12 +204,11 @@ def efla_attention(
         NotImplementedError: the named implementation cannot serve the call, with the reason.
     """
     _check_sequence(query, key, value, dict(beta=beta), log_decay, initial_state, segment_ids)
-    erase, write = erase_and_write(key, beta, log_decay, integrator)
-    return delta_rule_attention(
-        query, key, value, erase, write, log_decay=log_decay, initial_state=initial_state, segment_ids=segment_ids,
-        scale=scale, implementation=implementation, chunk_size=chunk_size, precision=precision,
-        partition_spec=partition_spec,
-    )  # fmt: skip
+    check_choice("integrator", integrator, INTEGRATORS)
+    coefficients = lambda key: erase_and_write(key, beta, log_decay, integrator)
+    exact = beta if integrator in ("exact", "split") and log_decay is None else None
+    options = _Options(scale, implementation, chunk_size, precision, partition_spec)
+    return _attend(query, key, value, coefficients, exact, log_decay, initial_state, segment_ids, options)
 
 
 def efla_step(
@@ -198,9 +221,16 @@ def efla_step(
     log_decay: Float[Array, "B H"] | None = None,
     scale: float = 1.0,
     integrator: Integrator = "exact",
+    implementation: ImplementationName | Sequence[ImplementationName] | None = None,
     precision: Precision = None,
+    partition_spec: PartitionSpec | None = None,
 ) -> tuple[Float[Array, "B H V"], Float[Array, "B H K V"]]:
     """One token of `efla_attention`, for decoding: the same equation, without the time axis.
+
+    Arguments and errors are those of `efla_attention`, partition_spec included: it is that of [B, T, H, D]. `xla` and
+    `scan` both name the plain form. The kernel behind `pallas_gpu` takes K and V that are multiples of 64 up to 256,
+    multiplies float32 numbers, whatever the precision, overwrites a state that is donated, and leaves derivatives to
+    the plain form.
 
     Returns:
         (output, state): output [B, H, V] in value's type, the new state in float32 (float64 for float64 inputs).
@@ -220,14 +250,20 @@ def efla_step(
         if name in arrays:
             _check_shape(name, arrays[name], (batch, heads), ("B", "H"))
     _check_shape("state", state, (batch, heads, key_dim, value_dim), ("B", "H", "K", "V"))
-    precision = _check_options(scale, None, precision) or jax.lax.Precision.HIGHEST
+    precision = _check_options(scale, None, precision)
     query, key, value = (jnp.asarray(x) for x in (query, key, value))
     erase, write = erase_and_write(key, beta, log_decay, integrator)
-    dtype = accumulator_dtype(query, key, value)
-    grouped = lambda x: x.astype(dtype).reshape(batch, key_heads, heads // key_heads, *x.shape[2:])
-    decay = None if log_decay is None else jnp.exp(grouped(log_decay))
-    new_state, out = delta_rule_step(
-        grouped(state), query.astype(dtype), key.astype(dtype), grouped(value), grouped(erase), grouped(write), decay,
-        scale=scale, precision=precision,
+    token = lambda x: None if x is None else x[:, None]
+    tokens = [token(x) for x in (query, key, value, erase, None if write is erase else write, log_decay)]
+    axes = mesh_axes(partition_spec, tokens[1], tokens[2])
+    parts = shards(axes)
+    call = Call(
+        batch=batch // parts[0], length=1, key_heads=key_heads // parts[1], heads=heads // parts[1],
+        key_dim=key_dim, value_dim=value_dim, dtypes=(query.dtype, key.dtype, value.dtype),
+        log_decay=log_decay is not None, segments=False, chunk_size=None, precision=precision,
+        backend=jax.default_backend(),
     )  # fmt: skip
-    return out.reshape(value.shape).astype(value.dtype), new_state.reshape(state.shape)
+    run = partial(choose(implementation, call, STEPS).run, scale=float(scale), chunk_size=None, precision=precision)
+    state = jnp.asarray(state, accumulator_dtype(query, key, value))
+    out, state = per_shard(run, axes, *share_manual_axes(*tokens, state, None))
+    return out[:, 0], state

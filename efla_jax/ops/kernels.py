@@ -3,10 +3,13 @@
 A kernel package offers, on the arrays of the op,
     forward(query, key, value, erase, write, log_decay, initial_state, documents, *, scale, save)
         -> (output, state, residuals)
-    backward(query, key, value, erase, write, log_decay, initial_state, documents, residuals, d_output, d_state, *, scale)
-        -> gradients of the first seven, None where the input is None
+    backward(query, key, value, erase, write, log_decay, initial_state, documents, residuals, d_output, d_state, *,
+             scale) -> gradients of the first seven, None where the input is None
 where write None means erase and initial_state None zeros. documents [B, T] int32 counts the documents that began in
 the row up to the token, not counting token 0.
+
+Names for policies of `jax.checkpoint`: "efla_output" (output and state) and "efla_residuals". With both saved a
+backward pass does not run the forward kernel again; without, it does, and nothing but the inputs is kept.
 """
 
 from collections.abc import Callable
@@ -14,6 +17,7 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jax.extend.core import Primitive
 from jax.interpreters import mlir
 
@@ -44,6 +48,19 @@ def _on_arrays(fn: Callable, tree) -> tuple[Callable, list]:
     return lambda *leaves: fn(*jax.tree.unflatten(structure, leaves)), arrays
 
 
+def _caller(platform: str, here: Callable[[], bool], reason: str) -> Callable:
+    """call(fn, *tree): the kernel fn of a tree of arrays, or None, vmapped by folding; refused where it cannot run."""
+
+    def call(fn, *tree):
+        kernel, arrays = _on_arrays(fn, tree)
+        if here():
+            return folded_vmap(kernel)(*arrays)
+        refuse = lambda *arrays: _refuse(jax.eval_shape(kernel, *arrays), reason)
+        return folded_vmap(partial(jax.lax.platform_dependent, **{platform: kernel}, default=refuse))(*arrays)
+
+    return call
+
+
 def implementation(forward: Callable, backward: Callable, platform: str, here: Callable[[], bool], reason: str):
     """The `run` of a kernel package for the registry.
 
@@ -53,40 +70,75 @@ def implementation(forward: Callable, backward: Callable, platform: str, here: C
             for another raises NotImplementedError with `reason`.
     """
 
-    def call(fn, *tree):
-        kernel, arrays = _on_arrays(fn, tree)
-        if here():
-            return folded_vmap(kernel)(*arrays)
-        refuse = lambda *arrays: _refuse(jax.eval_shape(kernel, *arrays), reason)
-        return folded_vmap(partial(jax.lax.platform_dependent, **{platform: kernel}, default=refuse))(*arrays)
+    call = _caller(platform, here, reason)
 
     @partial(jax.custom_vjp, nondiff_argnums=(0,))
-    def attend(scale, inputs, documents):
-        return call(partial(forward, scale=scale, save=False), *inputs, documents)[:2]
+    def attend(options, inputs, documents):
+        return call(partial(forward, save=False, **dict(options)), *inputs, documents)[:2]
 
-    def attend_forward(scale, inputs, documents):
-        *out, residuals = call(partial(forward, scale=scale, save=True), *inputs, documents)
-        return tuple(out), (inputs, documents, residuals)
+    def attend_forward(options, inputs, documents):
+        *out, residuals = call(partial(forward, save=True, **dict(options)), *inputs, documents)
+        # Named here: a policy of jax.checkpoint sees no name inside `call`, which is one custom_vmap to it.
+        out = tuple(checkpoint_name(x, "efla_output") for x in out)
+        residuals = tuple(checkpoint_name(x, "efla_residuals") for x in residuals)
+        return out, (inputs, documents, residuals)
 
-    def attend_backward(scale, saved, cotangents):
+    def attend_backward(options, saved, cotangents):
         inputs, documents, residuals = saved
-        gradients = call(partial(backward, scale=scale), *inputs, documents, residuals, *cotangents)
+        gradients = call(partial(backward, **dict(options)), *inputs, documents, residuals, *cotangents)
         typed = lambda gradient, x: None if x is None else gradient.astype(x.dtype)
         return tuple(map(typed, gradients, inputs)), None
 
     attend.defvjp(attend_forward, attend_backward)
 
-    def run(query, key, value, erase, write, log_decay, initial_state, segment_ids, *, scale, chunk_size, precision):
+    def run(
+        query, key, value, erase, write, log_decay, initial_state, segment_ids, *, scale, chunk_size, precision, **options
+    ):
         del chunk_size, precision  # declined where they are not the kernels' own
-        acc = accumulator_dtype(query, key, value)
-        accumulated = lambda x: None if x is None else x.astype(acc)
-        inputs = (query, key, value, *map(accumulated, (erase, write, log_decay, initial_state)))
+        numbers = _accumulated(query, key, value, erase, write, log_decay, initial_state)
+        inputs = (query, key, value, *numbers)
         documents = None
         if segment_ids is not None:
             documents = jnp.cumsum(segment_starts(segment_ids), axis=1, dtype=jnp.int32)
-        return attend(scale, inputs, documents)
+        return attend((*dict(scale=scale, **options).items(),), inputs, documents)
 
     return run
+
+
+def step_implementation(kernel: Callable, plain: Callable, platform: str, here: Callable[[], bool], reason: str):
+    """The `run` of a decode kernel for the registry, of one token; platform, here and reason as in `implementation`.
+
+    Derivatives, of either mode and any order, are those of `plain`, a `run` too, which then computes the result as
+    well: what is trained are sequences, so a kernel for a step's gradient would serve nobody.
+
+    Args:
+        kernel: (query, key, value, erase, write, log_decay, state, *, scale) -> (output, state) on the op's arrays.
+    """
+    call = _caller(platform, here, reason)
+
+    @partial(jax.custom_jvp, nondiff_argnums=(0,))
+    def step(scale, inputs):
+        return call(partial(kernel, scale=scale), *inputs)
+
+    @step.defjvp
+    def step_jvp(scale, primals, tangents):
+        options = dict(scale=scale, chunk_size=None, precision=None)
+        return jax.jvp(lambda inputs: plain(*inputs, None, **options), primals, tangents)
+
+    def run(query, key, value, erase, write, log_decay, state, segment_ids, *, scale, chunk_size, precision):
+        del segment_ids, chunk_size, precision  # one token; the kernel multiplies in float32
+        inputs = (query, key, value, *_accumulated(query, key, value, erase, write, log_decay, state))
+        if value.size == 0:  # nothing to launch a kernel for
+            return plain(*inputs, None, scale=scale, chunk_size=None, precision=None)
+        return step(scale, inputs)
+
+    return run
+
+
+def _accumulated(query, key, value, *arrays):
+    """arrays, or None, in the type that results accumulate in."""
+    dtype = accumulator_dtype(query, key, value)
+    return tuple(None if x is None else x.astype(dtype) for x in arrays)
 
 
 _refuse_p = Primitive("efla_refuse")

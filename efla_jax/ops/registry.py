@@ -16,9 +16,10 @@ import jax.numpy as jnp
 
 from efla_jax.choices import check_choice
 from efla_jax.ops.chunkwise import chunkwise_delta_rule
-from efla_jax.ops.kernels import implementation
-from efla_jax.ops.scan import scan_delta_rule
-from pallas_kernels import hopper
+from efla_jax.ops.kernels import implementation, step_implementation
+from efla_jax.ops.scan import scan_delta_rule, single_step
+from pallas_kernels import hopper, triton
+from pallas_kernels.hopper import decode
 
 # The order in which None tries them; all names that a caller may use.
 NAMES = ("pallas_gpu", "triton", "pallas_tpu", "xla", "scan")
@@ -47,13 +48,15 @@ class Implementation:
     """One way to compute the delta rule.
 
     supported gives the reason against a call of this kind, absent the reason why what is traced now cannot run here.
-    backend is the one that a hardware kernel is for (None: any).
+    backend is the one that a hardware kernel is for (None: any). takes_beta: whether for this call run makes erase and
+    write of the exact rule itself, given beta in the place of erase and exact=True.
     """
 
     run: Callable
     supported: Callable[[Call], str | None]
     absent: Callable[[], str | None] = lambda: None
     backend: str | None = None
+    takes_beta: Callable[[Call], bool] = lambda call: False
 
 
 _NO_HOPPER = (
@@ -84,25 +87,49 @@ def _hopper_unsupported(call: Call) -> str | None:
     )
 
 
+def _triton_unsupported(call: Call) -> str | None:
+    declined = triton.unsupported(call.dtypes, call.key_dim, call.value_dim, call.chunk_size)
+    return _precision_unsupported(call) or declined or triton.missing()
+
+
 REGISTRY: dict[str, Implementation] = {
     "pallas_gpu": Implementation(
         implementation(hopper.forward, hopper.backward, "cuda", lambda: _hopper_absent() is None, _NO_HOPPER),
         _hopper_unsupported,
         _hopper_absent,
         "gpu",
+        lambda call: not call.log_decay and call.length > decode.SHORT,
+    ),
+    "triton": Implementation(
+        implementation(triton.forward, triton.backward, "cuda", lambda: triton.absent() is None, triton.NO_DEVICE),
+        _triton_unsupported,
+        triton.absent,
+        "gpu",
     ),
     "xla": Implementation(chunkwise_delta_rule, lambda call: None),
     "scan": Implementation(scan_delta_rule, lambda call: None),
 }
 
+# Of a single token, which has no chunks.
+STEPS: dict[str, Implementation] = {
+    "pallas_gpu": Implementation(
+        step_implementation(decode.decode, single_step, "cuda", lambda: _hopper_absent() is None, _NO_HOPPER),
+        lambda call: decode.unsupported(call.dtypes, call.key_dim, call.value_dim),
+        _hopper_absent,
+        "gpu",
+    ),
+    "xla": Implementation(single_step, lambda call: None),
+    "scan": Implementation(single_step, lambda call: None),
+}
 
-def _reason(name: str, call: Call, must_run: bool) -> str | None:
+
+def _reason(registry: dict[str, Implementation], name: str, call: Call, must_run: bool) -> str | None:
     """Why `name` cannot serve the call, or None. A kernel for another backend than this one may still be exported;
     must_run rules that out."""
     check_choice("implementation", name, NAMES)
-    if name not in REGISTRY:
+    if name not in registry:
         return "this version of efla_jax has no such kernel"
-    candidate = REGISTRY[name]
+    candidate = registry[name]
     absent = candidate.absent() if must_run or candidate.backend == call.backend else None
     return absent or candidate.supported(call)
 
@@ -112,34 +139,40 @@ def _warn_once(message: str) -> None:
     warnings.warn(message, stacklevel=2)
 
 
-def choose(names: str | Sequence[str] | None, call: Call) -> Callable:
-    """The `run` of the implementation for this call.
+def choose(
+    names: str | Sequence[str] | None, call: Call, registry: dict[str, Implementation] = REGISTRY
+) -> Implementation:
+    """The implementation for this call.
 
-    A name is served or raises (where its kernels are for another backend: when it is lowered for this one); a sequence is tried in order with a warning on each fallback; None takes the first of
-    NAMES that serves the call and warns, once, only if this backend has a kernel and that kernel declined.
+    A name is served or raises (where its kernels are for another backend: when it is lowered for this one); a sequence
+    is tried in order with a warning on each fallback; None takes the first of NAMES that serves the call and warns,
+    once, only if this backend has kernels and each of them declined.
 
     Raises:
         ValueError: an unknown name or an empty sequence.
         NotImplementedError: nothing named serves the call; the message has every reason.
     """
     if names is None:
+        declined = []
         for name in NAMES:
-            candidate = REGISTRY.get(name)
+            candidate = registry.get(name)
             if candidate is None or candidate.backend not in (None, call.backend):
                 continue
-            reason = _reason(name, call, must_run=True)
+            reason = _reason(registry, name, call, must_run=True)
             if reason is None:
-                return candidate.run
-            _warn_once(f"implementation {name!r} declined a call, taking the next: {reason}")
-    names = (names,) if isinstance(names, str) else tuple(names)
+                if declined and candidate.backend is None:  # where one GPU's kernel declines, another's may serve
+                    _warn_once("; ".join(declined))
+                return candidate
+            declined.append(f"implementation {name!r} declined a call, taking the next: {reason}")
+    names = (names,) if isinstance(names, str) else tuple(names or ())
     if not names:
         raise ValueError(f"implementation is {names!r}; it must be a name, a sequence of names or None")
     reasons = []
     for name in names:
-        reason = _reason(name, call, must_run=len(names) > 1)
+        reason = _reason(registry, name, call, must_run=len(names) > 1)
         if reason is None:
             for passed in reasons:
                 warnings.warn(f"implementation falls back to {name!r}: {passed}", stacklevel=4)
-            return REGISTRY[name].run
+            return registry[name]
         reasons.append(f"{name!r} cannot serve this call: {reason}")
     raise NotImplementedError("; ".join(f"implementation {reason}" for reason in reasons))

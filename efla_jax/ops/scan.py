@@ -72,3 +72,23 @@ def scan_delta_rule(
     step = lambda state, token: delta_rule_step(state, **token, scale=scale, precision=precision)
     state, out = jax.lax.scan(step, state, {k: jnp.moveaxis(x, 1, 0) for k, x in tokens.items()})
     return jnp.moveaxis(out, 0, 1).reshape(value.shape).astype(value.dtype), state.reshape(initial_state.shape)
+
+
+def single_step(
+    query, key, value, erase, write, log_decay, initial_state, segment_ids, *, scale, chunk_size, precision
+):
+    """`scan_delta_rule` of one token after a given state, without the loop: T = 1, no segments."""
+    del segment_ids, chunk_size
+    dtype = accumulator_dtype(query, key, value)
+    precision = jax.lax.Precision.HIGHEST if precision is None else precision
+    batch, _, key_heads, _ = key.shape
+    shared = value.shape[2] // key_heads
+    grouped = lambda x: x.astype(dtype).reshape(batch, key_heads, shared, *x.shape[3:])
+    state = initial_state.astype(dtype).reshape(batch, key_heads, shared, *initial_state.shape[2:])
+    erase = grouped(erase)
+    state, out = delta_rule_step(
+        state, query[:, 0].astype(dtype), key[:, 0].astype(dtype), grouped(value), erase,
+        erase if write is None else grouped(write), None if log_decay is None else jnp.exp(grouped(log_decay)),
+        scale=scale, precision=precision,
+    )  # fmt: skip
+    return out.reshape(value.shape).astype(value.dtype), state.reshape(initial_state.shape)

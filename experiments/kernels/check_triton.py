@@ -6,7 +6,8 @@ python -m experiments.kernels.check_triton [interpret compile lower] [--only=SUB
 error model of `triton_cases.py`; nothing may be read or written outside an array, nothing left unwritten, and of two
 packed documents neither may change the other by a bit. `compile` compiles every variant for sm_80, sm_89 and sm_90 and
 prints registers, spills and shared memory against their budgets. `lower` lowers forward and backward for cuda through
-jax-triton itself. All three by default, each in a process of its own: Triton interprets or compiles, not both.
+jax-triton itself, and exports the op with it. All three by default, each in a process of its own: Triton interprets or
+compiles, not both.
 
 It needs an environment with jax, its CUDA plugin, jax-triton and Triton; no GPU and no CUDA.
 """
@@ -16,6 +17,7 @@ import os
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 
 def interpret(only: str) -> list[str]:
@@ -73,7 +75,8 @@ def _leaks(run, case, inputs, got) -> list[str]:
         if inputs[name] is not None:
             changed[name] = inputs[name].copy()
             changed[name][0, :border] = inputs[name][0, :border][::-1] * inputs[name].dtype.type(0.75)
-    changed["initial_state"] = inputs["initial_state"] * 2
+    if inputs["initial_state"] is not None:
+        changed["initial_state"] = inputs["initial_state"] * 2
     after = run(case, changed)
     per_token = [name for name in got if name not in ("state", "d_initial_state")]
     lines = [f"{n} leaks" for n in per_token if not np.array_equal(got[n][0, border:], after[n][0, border:])]
@@ -160,6 +163,42 @@ def lower(only: str) -> list[str]:
         print(f"{name}: {calls} kernels", flush=True)
         if calls != 4:
             failures.append(f"{name}: {calls} kernels, 4 expected")
+    return failures + _exported(only)
+
+
+def _exported(only) -> list[str]:
+    """The public op by the name "triton", exported for cuda where there is no GPU; what is wrong, a sentence each."""
+    import jax
+
+    from efla_jax import efla_attention
+
+    # JAX does not promise that a later version runs what was exported
+    unchecked = [jax.export.DisabledSafetyCheck.custom_call("triton_kernel_call")]
+    export = lambda f: jax.export.export(jax.jit(f), platforms=("cuda",), disabled_checks=unchecked)
+    attend = lambda *inputs: efla_attention(*inputs, implementation="triton")
+    loss = lambda *inputs: sum(x.astype("float32").sum() for x in attend(*inputs))
+    (query, key, value, beta, *_), _ = _shapes("bfloat16", (2, 100, 1, 2, 64, 32), False, False)
+    shapes = query, key, value, beta
+    failures = []
+    for name, function, expected in (
+        ("forward", attend, 2),
+        ("gradient", jax.grad(loss, argnums=(0, 1, 2, 3)), 4),
+        ("gradient with remat", jax.value_and_grad(jax.checkpoint(loss)), 6),
+        ("forward under vmap", jax.vmap(attend), 2),
+    ):
+        if only not in f"export {name}":
+            continue
+        rows = [jax.ShapeDtypeStruct((3, *x.shape), x.dtype) for x in shapes] if "vmap" in name else shapes
+        calls = export(function)(*rows).mlir_module().count("custom_call @triton_kernel_call")
+        print(f"export {name}: {calls} kernels", flush=True)
+        if calls != expected:
+            failures.append(f"export {name}: {calls} kernels, {expected} expected")
+    try:
+        jax.jit(attend).lower(*shapes)
+        failures.append("it is lowered for the CPU")
+    except NotImplementedError as error:
+        if "NVIDIA GPU" not in str(error):
+            failures.append(f"refused for the CPU without the reason: {error}")
     return failures
 
 
@@ -172,6 +211,7 @@ def main() -> int:
     parser.add_argument("--only", default="", help="what a variant's name must hold")
     args = parser.parse_args()
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
+    os.environ.setdefault("TRITON_CACHE_DIR", str(Path(__file__).parents[2] / ".cache" / "triton"))
     if len(args.steps) != 1:
         command = [sys.executable, "-m", "experiments.kernels.check_triton", f"--only={args.only}"]
         codes = [subprocess.run([*command, step], check=False).returncode for step in args.steps or _STEPS]

@@ -37,7 +37,7 @@ class Case:
     norm2: float = 1.0  # of keys
     scale: float = 0.5
     capability: int = 80  # whose tiles
-    special: str | None = None
+    special: str | None = None  # "bare": one coefficient, erase, and no initial state
 
     def __str__(self):
         heads = f"{self.key_heads}/{self.heads}"
@@ -58,6 +58,7 @@ CASES = (
     Case("float32", length=100, key_dim=16, value_dim=16, special="zero keys"),
     Case("float32", length=100, key_dim=16, value_dim=16, special="one key", decay=True),
     Case("float32", length=100, key_dim=16, value_dim=16, special="no write"),
+    Case("float32", length=100, key_dim=16, value_dim=32, decay=True, borders=(70,), special="bare"),
     # the types that run, with the tiles of both architectures
     Case(length=200, key_dim=128, value_dim=128),
     Case(length=200, key_dim=128, value_dim=128, capability=90, scale=1.0),
@@ -69,6 +70,7 @@ CASES = (
     Case(length=17, key_dim=32, value_dim=16, heads=1),
     Case(length=130, norm2=1e3, decay=True),
     Case(length=130, norm2=1e-4),
+    Case(length=100, key_dim=128, value_dim=128, capability=90, special="bare"),
     Case("float16", length=130, decay=True, borders=(70,)),
     Case("float16", length=130, key_dim=128, value_dim=128, heads=1, capability=90),
     Case("float16", length=100, norm2=1e3),
@@ -89,15 +91,16 @@ def draw(case: Case, seed=0) -> dict[str, Any]:
         key[:, ::2] = 0
     coefficient = lambda most: (most * rng.uniform(size=(*tokens, case.heads))).astype(np.float32)
     value = low(rng.normal(size=(*tokens, case.heads, case.value_dim)))
+    bare = case.special == "bare"
     state = rng.normal(size=(case.batch, case.heads, case.key_dim, case.value_dim)).astype(np.float32)
     return dict(
         query=low(rng.normal(size=key.shape)),
         key=low(key),
         value=value,
         erase=coefficient(1.2 / case.norm2),
-        write=coefficient(0 if case.special == "no write" else 1 / np.sqrt(case.norm2)),
+        write=None if bare else coefficient(0 if case.special == "no write" else 1 / np.sqrt(case.norm2)),
         log_decay=-0.3 * coefficient(1) if case.decay else None,
-        initial_state=state,
+        initial_state=None if bare else state,
         documents=_documents(case),
         d_output=low(rng.normal(size=value.shape)),
         d_state=rng.normal(size=state.shape).astype(np.float32),
@@ -125,8 +128,8 @@ def evaluate(inputs, scale, dtype, implementation: ImplementationName = "scan", 
 
         def op(given):
             return delta_rule_attention(
-                **given, segment_ids=inputs["documents"], scale=scale, implementation=implementation,
-                chunk_size=64,
+                **{"write": given["erase"]} | given, segment_ids=inputs["documents"], scale=scale,
+                implementation=implementation, chunk_size=64,
             )  # fmt: skip
 
         @jax.jit

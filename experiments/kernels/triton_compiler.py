@@ -12,12 +12,12 @@ import jax.numpy as jnp
 import numpy as np
 import triton
 from triton.backends.compiler import GPUTarget
+from triton.backends.nvidia.compiler import get_ptxas
 from triton.compiler import ASTSource
 
 from experiments.kernels.triton_report import Compiled, assembler_report
 from pallas_kernels.triton.launch import Call
 
-_PTXAS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "ptxas"
 _POINTERS = {"bfloat16": "*bf16", "float16": "*fp16", "float32": "*fp32", "int32": "*i32"}
 
 
@@ -26,7 +26,14 @@ def _assemble(ptx: str, capability: int) -> tuple[int, int, int]:
         path = Path(folder) / "kernel.ptx"
         path.write_text(ptx)
         architecture = f"sm_{capability}" + ("a" if capability >= 90 else "")
-        command = [_PTXAS, "-v", f"--gpu-name={architecture}", path, "-o", path.with_suffix(".cubin")]
+        command = [
+            get_ptxas(capability).path,
+            "-v",
+            f"--gpu-name={architecture}",
+            path,
+            "-o",
+            path.with_suffix(".cubin"),
+        ]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         raise RuntimeError(f"ptxas: {done.stderr}")

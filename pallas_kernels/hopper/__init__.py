@@ -2,5 +2,6 @@
 
 from pallas_kernels.hopper.mosaic import interpreting
 from pallas_kernels.hopper.op import backward, forward, unsupported
+from pallas_kernels.hopper.variants import variants
 
-__all__ = ["backward", "forward", "interpreting", "unsupported"]
+__all__ = ["backward", "forward", "interpreting", "unsupported", "variants"]

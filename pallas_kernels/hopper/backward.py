@@ -12,6 +12,7 @@ The inverse needs no derivative of its own: dM = -Z. Each state warpgroup carrie
 registers through g, Y and dS; the helper makes P beforehand, then all that leaves the chunk.
 """
 
+import math
 from types import SimpleNamespace
 
 import jax
@@ -36,21 +37,26 @@ from pallas_kernels.hopper.mosaic import (
 )
 
 SQUARE = (CHUNK, CHUNK)
-STATE_REGISTERS, HELPER_REGISTERS = 176, 152
+# Of a thread of the state warpgroups and of the helper, without and with log-decay. Three warpgroups start with 168.
+REGISTERS = (176, 152), (160, 184)
+# φ₁'(x) = -Σ (n+1)(-x)ⁿ/(n+2)!, exact to float32 for x < 1/2
+SLOPE = [-((-1.0) ** n) * (n + 1) / math.factorial(n + 2) for n in range(9)]
 
 
-def backward(query, key, d_output, saved, vectors, documents, d_final, *, scale, tied):
+def backward(query, key, d_output, saved, vectors, documents, d_final, *, scale, tied, exact=False):
     """Gradients of one call of `forward(..., save=True)`.
 
     Args:
         query, key: [B, T, Hk, K]; d_output [B, T, H, V], all of one type.
         saved: states, inverse, solved as `forward` returned them.
-        vectors, documents: as given to `forward`.
+        vectors, documents: as given to `forward`, but with erase in place of gain and, if exact, besides erase and
+            square, as `forward` returned them, beta.
         d_final: [B, H, V, K] float32 or None for zeros.
 
     Returns:
         name -> array. d_query, d_key: [B, T, H, K], one for every value head; d_value [B, T, H, V] (untied: of
-        value times write); d_erase [B, H, N·64] float32; d_initial [B, H, V, K] float32. With log-decay (sums in vectors) also the
+        value times write); d_erase [B, H, N·64] float32 (exact: d_erase is of beta, and d_key has the key's
+        part in λ); d_initial [B, H, V, K] float32. With log-decay (sums in vectors) also the
         cotangent of its sums, d_decay [B, H, N·64]; to the chunk's last token belong besides the sum over its ends
         [B, H, N·64] and the sum over V of whole [B, H, N, V].
     """
@@ -89,6 +95,8 @@ def backward(query, key, d_output, saved, vectors, documents, d_final, *, scale,
         t_s=smem((1, *SQUARE), dtype),
         erase_c=vector,
         erase_r=vector,
+        beta_r=vector if exact else None,
+        square_r=vector if exact else None,
         left_c=vector if decayed else None,
         left_r=vector if decayed else None,
         right_c=vector if decayed else None,
@@ -122,7 +130,7 @@ def backward(query, key, d_output, saved, vectors, documents, d_final, *, scale,
     )
     config = SimpleNamespace(
         chunks=chunks, group=heads // key_heads, key_dim=key_dim, value_dim=value_dim, writers=writers, parts=parts,
-        dtype=dtype, scale=scale, tied=tied, masked=masked, decayed=decayed, summed=summed, given=d_final is not None,
+        dtype=dtype, scale=scale, tied=tied, masked=masked, decayed=decayed, summed=summed, given=d_final is not None, exact=exact,
         copies=tuple(copies),
     )  # fmt: skip
     names = (*inputs, *outputs)
@@ -154,7 +162,8 @@ def backward(query, key, d_output, saved, vectors, documents, d_final, *, scale,
 def _state(config, r, w):
     """One state warpgroup: columns 64w … 64w+63 of dS."""
     if config.writers == 2:
-        plgpu.set_max_registers(STATE_REGISTERS, action="increase")
+        state_registers = REGISTERS[config.summed][0]
+        plgpu.set_max_registers(state_registers, action="increase" if state_registers > 168 else "decrease")
     columns = pl.ds(w * 64, 64)
     staged = getattr(r, f"state_stage_{w}")
     shape = (64, config.key_dim)
@@ -179,18 +188,17 @@ def _state(config, r, w):
         r.y_s.at[r.first, :, columns].T[...] = y.astype(config.dtype)
         plgpu.commit_smem()
         plgpu.barrier_arrive(r.y_ready)
-        factor = plgpu.load(r.erase_c, layout=COLS) * -1.0
-        if config.decayed:
-            left = plgpu.load(r.left_c, layout=COLS)
-            factor = factor * left
-            d_state = d_state * r.left_c[CHUNK - 1]
+        left = lambda: per_column(plgpu.load(r.left_c, layout=COLS), SQUARE)
+        x = y * per_column(plgpu.load(r.erase_c, layout=COLS) * -1.0, SQUARE)
+        x = (x * left() if config.decayed else x).astype(config.dtype)
         if config.decayed or config.scale != 1:
+            x = lax.optimization_barrier(x)
             o_t = plgpu.load(o_t, layout=TILE).astype(F32) * config.scale
-            if config.decayed:
-                o_t = o_t * per_column(left, SQUARE)
-            o_t = o_t.astype(config.dtype)
+            o_t = (o_t * left() if config.decayed else o_t).astype(config.dtype)
+        if config.decayed:
+            d_state = d_state * r.left_c[CHUNK - 1]
         new = matmul(
-            [o_t, (y * per_column(factor, SQUARE)).astype(config.dtype)], [r.q_s.at[r.first], r.k_s.at[r.first]], shape, init=d_state,
+            [o_t, x], [r.q_s.at[r.first], r.k_s.at[r.first]], shape, init=d_state,
             staged=staged,
         )  # fmt: skip
         plgpu.barrier_arrive(r.inputs_free)
@@ -202,9 +210,10 @@ def _state(config, r, w):
 def _helper(config, r):
     """The helper warpgroup: copies, P, and everything that leaves the chunk but dS."""
     if config.writers == 2:
-        plgpu.set_max_registers(HELPER_REGISTERS, action="decrease")
+        helper_registers = REGISTERS[config.summed][1]
+        plgpu.set_max_registers(helper_registers, action="increase" if helper_registers > 168 else "decrease")
     head = lax.div(r.h, config.group)
-    vectors = ("erase_c", "erase_r", "left_c", "left_r", "right_c", "right_r", "sums_r", "sums_c")
+    vectors = ("erase_c", "erase_r", "beta_r", "square_r", "left_c", "left_r", "right_c", "right_r", "sums_r", "sums_c")
 
     def load(n):
         rows = pl.ds(n * CHUNK, CHUNK)
@@ -318,13 +327,24 @@ def _keys(config, r, n):
     rows = pl.ds(n * CHUNK, CHUNK)
     plgpu.barrier_wait(r.state_ready)
     plgpu.barrier_wait(r.y_ready)
+    diagonal = None
+    if config.tied:
+        d_erase = _values(config, r)  # and X in the place of Y
+        if config.exact:
+            d_erase, diagonal = _through_erase(r, d_erase)
+        r.d_erase_s[...] = d_erase
+        plgpu.commit_smem()
     s = _tiles(r)
-    couplings = _times_updates(config, r, s, s.y_s)  # Y Uᵀ
-    d_erase = None
+    z = _times_updates(config, r, s, s.y_s)  # X Uᵀ, untied Y Uᵀ
     if not config.tied:
         gram = _pairs(config, r, matmul(s.k_s, s.k_s.T, SQUARE, staged=staged), strict=True)
-        d_erase = jnp.sum(gram * couplings, axis=1) * -1.0
-    z_low = (_pairs(config, r, couplings, strict=True) * _rows(r.erase_r)).astype(config.dtype)
+        d_erase = jnp.sum(gram * z, axis=1) * -1.0
+        z = z * _rows(r.erase_r)
+    z = _pairs(config, r, z, strict=True)
+    if diagonal is not None:  # Z and Zᵀ both multiply K, so that the key's part in λ comes for free
+        row, column = _place(r)
+        z = lax.optimization_barrier(jnp.where(row == column, per_row(diagonal, SQUARE), z))
+    z_low = z.astype(config.dtype)
     s.p_s[...] = z_low
     plgpu.commit_smem()
     decay, ends = (plgpu.load(r.d_decay_s, layout=ROWS), None) if config.summed else (None, None)
@@ -337,9 +357,9 @@ def _keys(config, r, n):
         if config.decayed:
             recalled = recalled * _rows(r.left_r)
         if not config.tied:
-            dot = _row_dot(recalled, k_s) * -1.0
-            d_erase = d_erase + dot
-        before = matmul(z_low, k_s, SQUARE, init=recalled * _rows(r.erase_r), staged=staged)
+            d_erase = d_erase - _row_dot(recalled, k_s)
+            recalled = recalled * _rows(r.erase_r)
+        before = matmul(z_low, k_s, SQUARE, init=recalled, staged=staged)
         stored = matmul(s.u_s, s.ds_s.at[:, columns], SQUARE, staged=staged)
         if config.tied:
             stored = stored * _rows(r.erase_r)
@@ -351,7 +371,8 @@ def _keys(config, r, n):
             decay = decay + _row_dot(after - before, k_s)
             end = _row_dot(stored * -1.0, k_s)
             ends = end if ends is None else ends + end
-    r.d_erase_s[...] = _values(config, r) if config.tied else d_erase
+    if not config.tied:
+        r.d_erase_s[...] = d_erase
     if config.summed:
         r.d_decay_s[...] = decay
         r.ends_s[...] = ends
@@ -363,6 +384,24 @@ def _keys(config, r, n):
         plgpu.copy_smem_to_gmem(r.d_decay_s, r.d_decay.at[r.b, r.h, rows], commit_group=False)
         plgpu.copy_smem_to_gmem(r.ends_s, r.ends.at[r.b, r.h, rows], commit_group=False)
         plgpu.copy_smem_to_gmem(r.whole_s, r.whole.at[r.b, r.h, n], commit_group=False)
+
+
+def _through_erase(r, d_erase):
+    """Exact: the gradient of beta, and what Z holds on its diagonal for that of λ, -∂L/∂λ.
+
+    With x = βλ: ∂erase/∂β = e^{-x}, ∂erase/∂λ = β² φ₁'(x), φ₁'(x) = (e^{-x} - φ₁(x))/x, by its series near 0.
+    """
+    beta, square = plgpu.load(r.beta_r, layout=ROWS), plgpu.load(r.square_r, layout=ROWS)
+    erase = plgpu.load(r.erase_r, layout=ROWS)
+    x = beta * square
+    fades = jnp.exp(x * -1.0)
+    near = jnp.where(x < 0.5, x, 0.0)
+    series = jnp.zeros_like(x) + SLOPE[-1]
+    for term in SLOPE[-2::-1]:
+        series = series * near + term
+    far = jnp.where(x < 0.5, 1.0, square)  # β² φ₁' = (β e^{-x} - erase)/λ
+    slope = jnp.where(x < 0.5, beta * beta * series, (beta * fades - erase) / far)
+    return d_erase * fades, d_erase * slope * -1.0
 
 
 def _rows(ref):

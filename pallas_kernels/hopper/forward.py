@@ -47,26 +47,31 @@ from pallas_kernels.hopper.mosaic import (
 
 SQUARE = (CHUNK, CHUNK)
 BLOCK = 16
+ZEROS, ERASE = 4, 5  # rows of numbers_s
+STRONG = 1 / 32  # of cλ, see _inverse
 KEY_SLOTS = 3  # chunks of q, k: one in the state warpgroups, one in the helper, one on its way
-VALUE_SLOTS = 2
+VALUE_SLOTS = 2  # also of what the helper makes
 # Of the 168 registers a thread that three warpgroups start with.
-STATE_REGISTERS, HELPER_REGISTERS = 192, 120
+STATE_REGISTERS, HELPER_REGISTERS = 184, 136
 
 
-def forward(key, query, value, vectors, documents, initial, *, scale, tied, save):
+def forward(key, query, value, vectors, documents, initial, *, scale, tied, save, exact=False):
     """Output, final state and what the backward pass needs, for chunked vectors.
 
     Args:
         query, key: [B, T, Hk, K], K 64 or 128, bfloat16 or float16.
         value: [B, T, H, V], V 64 or 128; multiplied by write if untied.
-        vectors: name -> [B, H, N·64] float32, 0 behind T. erase; with decay or documents also left (a) and right (e);
-            with decay also sums, the log2 of the decay from the chunk's or document's start.
+        vectors: name -> [B, H, N·64] float32, 0 behind T. gain, which is erase or, if exact, beta; with decay or
+            documents also left (a) and right (e); with decay also sums, the log2 of the decay from the chunk's or
+            document's start.
         documents: [B, N·64] int32 or None.
         initial: [B, H, V, K] float32 or None for zeros.
+        exact: erase is (1 - e^{-βλ})/λ, made here from λ = ‖k‖², which the diagonal of K Kᵀ holds anyway.
 
     Returns:
         output [B, T, H, V], state [B, H, V, K] float32; with save also the states at chunk starts [B, H, N, V, K], the
-        inverse [B, H, N, C, C] of I + diag(c) M, and E (tied) or U (untied) [B, T, H, V], all in value's type.
+        inverse [B, H, N, C, C] of I + diag(c) M, and E (tied) or U (untied) [B, T, H, V], all in value's type, and, if
+        exact, erase and square (λ) [B, H, N·64] float32.
     """
     batch, length, key_heads, key_dim = key.shape
     heads, value_dim = value.shape[2:]
@@ -89,7 +94,11 @@ def forward(key, query, value, vectors, documents, initial, *, scale, tied, save
             inverse=jax.ShapeDtypeStruct((batch, heads, chunks, *SQUARE), dtype),
             solved=jax.ShapeDtypeStruct(value.shape, dtype),
         )
+    if save and exact:
+        per_token = jax.ShapeDtypeStruct((batch, heads, chunks * CHUNK), F32)
+        outputs |= dict(erase=per_token, square=per_token)
     vector = plgpu.SMEM((KEY_SLOTS, CHUNK), F32)
+    full = save and tied and key_dim + value_dim == 256  # shared memory is
     decayed = "left" in vectors
     summed = "sums" in vectors
     scratch = dict(
@@ -98,24 +107,21 @@ def forward(key, query, value, vectors, documents, initial, *, scale, tied, save
         v_s=smem((VALUE_SLOTS, CHUNK, value_dim), dtype),
         solve_s=smem((2, CHUNK // BLOCK, CHUNK, BLOCK), dtype),
         scores_s=smem((2, *SQUARE), dtype),
-        cosines_s=smem((CHUNK // BLOCK, CHUNK, BLOCK), dtype) if save and tied else None,
+        cosines_s=smem((CHUNK // BLOCK, CHUNK, BLOCK), jnp.float16) if save and tied else None,
+        inverse_s=smem((CHUNK // BLOCK, CHUNK, BLOCK), dtype) if save and tied else None,
         ladder_s=smem((3, CHUNK, BLOCK), jnp.float16),
         corner_s=smem((2, CHUNK, BLOCK), jnp.float16),
         stage_s=smem((writers, 2 if save else 1, *SQUARE), dtype),
-        erase_c=vector,
-        erase_r=vector,
-        zero_s=plgpu.SMEM((CHUNK,), jnp.int32),
-        norm_s=plgpu.SMEM((CHUNK,), F32),
-        inverse_norm_s=plgpu.SMEM((CHUNK,), F32),
-        strength_s=plgpu.SMEM((CHUNK,), F32),
-        left_c=vector if decayed else None,
-        right_c=vector if decayed else None,
-        sums_r=vector if summed else None,
-        sums_c=vector if summed else None,
-        documents_r=plgpu.SMEM((KEY_SLOTS, CHUNK), jnp.int32) if masked else None,
-        documents_c=plgpu.SMEM((KEY_SLOTS, CHUNK), jnp.int32) if masked else None,
+        gain_s=vector,
+        square_s=plgpu.SMEM((CHUNK,), F32) if save and exact else None,
+        causal_s=None if decayed or full else smem(SQUARE, dtype),  # 1 on and below the diagonal
+        numbers_s=plgpu.SMEM((7, CHUNK), F32),  # of each key: norm, one over it, that times cλ, one over cλ; zeros; erase
+        left_s=vector if decayed else None,
+        right_s=vector if decayed else None,
+        sums_s=vector if summed else None,
+        documents_s=plgpu.SMEM((KEY_SLOTS, CHUNK), jnp.int32) if masked else None,
         keys_full=plgpu.Barrier(
-            num_arrivals=4 + 2 * decayed + 2 * summed + 2 * masked, num_barriers=KEY_SLOTS
+            num_arrivals=3 + 2 * decayed + summed + masked, num_barriers=KEY_SLOTS
         ),
         keys_free=plgpu.Barrier(num_arrivals=writers, num_barriers=KEY_SLOTS),
         values_full=plgpu.Barrier(num_barriers=VALUE_SLOTS),
@@ -124,12 +130,11 @@ def forward(key, query, value, vectors, documents, initial, *, scale, tied, save
         squares_free=plgpu.Barrier(num_arrivals=writers, num_barriers=2),
         done=plgpu.Barrier(num_arrivals=writers + 1),
         helper_stage=stage(jnp.float16),
-        bf16_stage=stage(dtype),
         **{f"state_stage_{w}": stage(dtype) for w in range(writers)},
     )
     config = SimpleNamespace(
         chunks=chunks, group=heads // key_heads, key_dim=key_dim, writers=writers, dtype=dtype, scale=scale, tied=tied,
-        save=save, masked=masked, decayed=decayed, summed=summed, initial=initial is not None,
+        save=save, masked=masked, decayed=decayed, summed=summed, initial=initial is not None, exact=exact,
     )  # fmt: skip
     names = (*inputs, *outputs)
 
@@ -169,8 +174,9 @@ def _state(config, r, w):
     else:
         state = plgpu.layout_cast(jnp.zeros(shape, F32), TILE)
 
-    def step(n, state):
-        slot, half, vslot = lax.rem(n, KEY_SLOTS), lax.rem(n, 2), lax.rem(n, VALUE_SLOTS)
+    def step(n, carry):
+        state, slot = carry
+        half, vslot = n & 1, n & 1
         k_s, q_s = r.k_s.at[slot], r.q_s.at[slot]
         rows = pl.ds(n * CHUNK, CHUNK)
         plgpu.barrier_wait(r.keys_full.at[slot])
@@ -185,47 +191,49 @@ def _state(config, r, w):
                     r.stage_s.at[w, part], r.states.at[r.b, r.h, n, columns, pl.ds(part * 64, 64)], commit_group=False
                 )
             plgpu.commit_smem_to_gmem_group()
-        left = plgpu.load(r.left_c.at[slot], layout=COLS) if config.decayed else None
+        left = lambda: per_column(plgpu.load(r.left_s.at[slot], layout=COLS), SQUARE)
 
-        def solve(recall, output, solution):
-            """R, the solution of the chunk, U and O; O's part of the state runs while R is made."""
-            product(recall, low, k_s.T, staged)
-            product(output, low, q_s.T, staged)
-            rest = read(recall, in_flight=1)
-            factor = None if config.tied else plgpu.load(r.erase_c.at[slot], layout=COLS)
-            if config.decayed:
-                factor = left if factor is None else factor * left
-            if factor is not None:
-                rest = rest * per_column(factor, SQUARE)
-            plgpu.barrier_wait(r.values_full.at[vslot])
-            rest = plgpu.load(r.v_s.at[vslot, :, columns].T, layout=TILE).astype(F32) - rest
-            plgpu.barrier_arrive(r.values_free.at[vslot])
+        rest = matmul(low, k_s.T, SQUARE, staged=staged)
+        if config.decayed:
+            rest = rest * left()
+        erase = lambda: per_column(plgpu.load(r.numbers_s.at[ERASE + half], layout=COLS), SQUARE)
+        if not config.tied:
             plgpu.barrier_wait(r.squares_full.at[half])
-            rest = rest.astype(config.dtype)
-            for i in range(CHUNK // BLOCK):
-                product(solution, rest[:, i * BLOCK : (i + 1) * BLOCK], r.solve_s.at[half, i].T, staged)
-            solved = read(solution)
-            if config.save:  # the state has left the stage long ago
-                plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-                r.stage_s.at[w, 1].T[...] = solved.astype(config.dtype)
-            update = solved
-            if config.tied:
-                update = solved * per_column(plgpu.load(r.erase_c.at[slot], layout=COLS), SQUARE)
-            update_low = update.astype(config.dtype)
-            if config.decayed:
-                out = read(output) * per_column(left, SQUARE)
-                out = matmul(update_low, r.scores_s.at[half].T, SQUARE, init=out, staged=staged)
-            else:
-                product(output, update_low, r.scores_s.at[half].T, staged)
-                out = read(output)
-            return out, update
-
-        out, update = pl.run_scoped(solve, *[plgpu.ACC(SQUARE, F32)] * 3)
+            rest = rest * erase()
+        plgpu.barrier_wait(r.values_full.at[vslot])
+        rest = plgpu.load(r.v_s.at[vslot, :, columns].T, layout=TILE).astype(F32) - rest
+        plgpu.barrier_arrive(r.values_free.at[vslot])
+        if config.tied:
+            plgpu.barrier_wait(r.squares_full.at[half])
+        rest = rest.astype(config.dtype)
+        blocks = range(CHUNK // BLOCK)
+        solved = matmul(
+            [rest[:, i * BLOCK : (i + 1) * BLOCK] for i in blocks], [r.solve_s.at[half, i].T for i in blocks],
+            SQUARE, staged=staged,
+        )  # fmt: skip
+        if config.save:  # the state has left the stage long ago
+            plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+            r.stage_s.at[w, 1].T[...] = solved.astype(config.dtype)
+        update = solved
+        if config.tied:
+            update = solved * erase()
+        update_low = update.astype(config.dtype)
+        left_over = update_low  # what of it is there at the chunk's end
+        if config.decayed:
+            right = per_column(plgpu.load(r.right_s.at[slot], layout=COLS), SQUARE)
+            left_over = (update * right).astype(config.dtype)
+        # The state is rounded again: kept since above, it would take 32 registers.
+        state, update_low, left_over = lax.optimization_barrier((state, update_low, left_over))
+        low, scores = state.astype(config.dtype), r.scores_s.at[half].T
+        if config.decayed:
+            out = matmul(low, q_s.T, SQUARE, staged=staged) * left()
+            out = matmul(update_low, scores, SQUARE, init=out, staged=staged)
+        else:
+            out = matmul([low, update_low], [q_s.T, scores], SQUARE, staged=staged)
         plgpu.barrier_arrive(r.squares_free.at[half])
         if config.decayed:
-            update = update * per_column(plgpu.load(r.right_c.at[slot], layout=COLS), SQUARE)
-            state = state * r.left_c[slot, CHUNK - 1]
-        new = matmul(update.astype(config.dtype), k_s, shape, init=state, staged=staged)
+            state = state * r.left_s[slot, CHUNK - 1]
+        new = matmul(left_over, k_s, shape, init=state, staged=staged)
         plgpu.barrier_arrive(r.keys_free.at[slot])
         if not config.save:
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)
@@ -239,9 +247,9 @@ def _state(config, r, w):
                 r.stage_s.at[w, 1], r.solved.at[r.b, rows, r.h, columns], commit_group=False
             )
         plgpu.commit_smem_to_gmem_group()
-        return new
+        return new, _next(slot)
 
-    state = lax.fori_loop(0, config.chunks, step, state)
+    state, _ = lax.fori_loop(0, config.chunks, step, (state, 0 * r.b))
     r.final.at[r.b, r.h, columns][...] = state
     plgpu.wait_smem_to_gmem(0)
 
@@ -252,76 +260,77 @@ def _helper(config, r):
         plgpu.set_max_registers(HELPER_REGISTERS, action="decrease")
     head = lax.div(r.h, config.group)
 
-    def load_keys(n):
-        slot = lax.rem(n, KEY_SLOTS)
+    def load_keys(n, slot):
         rows, bar = pl.ds(n * CHUNK, CHUNK), r.keys_full.at[slot]
         plgpu.commit_smem()  # what read this slot is done before the copy, which is another proxy, writes it
         plgpu.copy_gmem_to_smem(r.query.at[r.b, rows, head], r.q_s.at[slot], bar)
         plgpu.copy_gmem_to_smem(r.key.at[r.b, rows, head], r.k_s.at[slot], bar)
-        for name in ("erase_c", "erase_r", "left_c", "right_c", "sums_r", "sums_c"):
+        for name in ("gain_s", "left_s", "right_s", "sums_s"):
             target = getattr(r, name)
             if target is not None:
                 source = getattr(r, name[:-1] + "v")
                 plgpu.copy_gmem_to_smem(source.at[r.b, r.h, rows], target.at[slot], bar)
         if config.masked:
-            for target in (r.documents_r, r.documents_c):
-                plgpu.copy_gmem_to_smem(r.documents.at[r.b, rows], target.at[slot], bar)
+            plgpu.copy_gmem_to_smem(r.documents.at[r.b, rows], r.documents_s.at[slot], bar)
 
     def load_values(n):
-        slot = lax.rem(n, VALUE_SLOTS)
+        slot = n & 1
         rows = pl.ds(n * CHUNK, CHUNK)
         plgpu.commit_smem()
         plgpu.copy_gmem_to_smem(r.value.at[r.b, rows, r.h], r.v_s.at[slot], r.values_full.at[slot])
 
     start = 0 * r.b  # traced: a slice that reaches over the end is refused if it is known
-    load_keys(start)
+    load_keys(start, start)
     load_values(start)
-    r.zero_s[...] = plgpu.layout_cast(jnp.zeros((CHUNK,), jnp.int32), ROWS)
+    r.numbers_s.at[ZEROS][...] = plgpu.layout_cast(jnp.zeros((CHUNK,), F32), ROWS)
+    if r.causal_s is not None:
+        r.causal_s[...] = jnp.where(iota(0) >= iota(1), 1.0, 0.0).astype(config.dtype)
     plgpu.commit_smem()
 
-    def step(n, carry):
-        # Masks are made anew wherever they are used: kept, they would take the registers of the tiles.
-        slot, half = lax.rem(n, KEY_SLOTS), lax.rem(n, 2)
+    def step(n, slot):
+        half, following = n & 1, _next(slot)
 
         @pl.when(n + 1 < config.chunks)
         def _():
-            following = lax.rem(n + 1, KEY_SLOTS)
             pl.when(n + 1 >= KEY_SLOTS)(lambda: plgpu.barrier_wait(r.keys_free.at[following]))
-            load_keys(n + 1)
+            load_keys(n + 1, following)
 
         plgpu.barrier_wait(r.keys_full.at[slot])
         decay = _decay(config, r, slot)
         scores = matmul(r.q_s.at[slot], r.k_s.at[slot].T, SQUARE)
         pl.when(n >= 2)(lambda: plgpu.barrier_wait(r.squares_free.at[half]))
-        row, column = _place(r)
-        scores = jnp.where(row >= column, scores if decay is None else scores * decay, 0.0)
-        scores = lax.optimization_barrier(scores)
-        r.scores_s.at[half][...] = scores.astype(config.dtype)
-        solve, inverse = _inverse(config, r, slot, half, decay)
-        if config.save and not config.tied:
-            plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-        for i, block in enumerate(solve):
-            r.solve_s.at[half, i][...] = block.astype(config.dtype)
-        if config.save and config.tied:
-            for i, block in enumerate(inverse):
-                r.cosines_s.at[i][...] = block.astype(config.dtype)
+        if decay is not None:
+            scores = (scores * decay).astype(config.dtype)
+        elif r.causal_s is not None:  # a product with 0 and 1, two numbers at once, is cheaper than a choice
+            scores = scores.astype(config.dtype) * plgpu.load(r.causal_s, layout=TILE)
+        else:
+            row, column = _place(r)
+            scores = lax.optimization_barrier(jnp.where(row >= column, scores, 0.0)).astype(config.dtype)
+        r.scores_s.at[half][...] = scores
+        _inverse(config, r, slot, half, decay)
         if config.save:
             plgpu.commit_smem()
             for i in range(CHUNK // BLOCK):
-                source = r.cosines_s.at[i] if config.tied else r.solve_s.at[half, i]
-                plgpu.copy_smem_to_gmem(source, r.inverse.at[r.b, r.h, n, :, pl.ds(i * BLOCK, BLOCK)])
+                source = r.inverse_s.at[i] if config.tied else r.solve_s.at[half, i]
+                plgpu.copy_smem_to_gmem(
+                    source, r.inverse.at[r.b, r.h, n, :, pl.ds(i * BLOCK, BLOCK)], commit_group=False
+                )
+            if config.exact:
+                tokens = r.b, r.h, pl.ds(n * CHUNK, CHUNK)
+                plgpu.copy_smem_to_gmem(r.numbers_s.at[ERASE + half], r.erase.at[tokens], commit_group=False)
+                plgpu.copy_smem_to_gmem(r.square_s, r.square.at[tokens], commit_group=False)
+            plgpu.commit_smem_to_gmem_group()
         plgpu.commit_smem()
         plgpu.barrier_arrive(r.squares_full.at[half])
 
         @pl.when(n + 1 < config.chunks)
         def _():
-            following = lax.rem(n + 1, VALUE_SLOTS)
-            pl.when(n + 1 >= VALUE_SLOTS)(lambda: plgpu.barrier_wait(r.values_free.at[following]))
+            pl.when(n + 1 >= VALUE_SLOTS)(lambda: plgpu.barrier_wait(r.values_free.at[(n + 1) & 1]))
             load_values(n + 1)
 
-        return carry
+        return following
 
-    lax.fori_loop(0, config.chunks, step, None)
+    lax.fori_loop(0, config.chunks, step, start)
     for n in range(max(config.chunks - KEY_SLOTS, 0), config.chunks):  # every phase must be seen to end
         plgpu.barrier_wait(r.keys_free.at[n % KEY_SLOTS])
     for n in range(max(config.chunks - 2, 0), config.chunks):
@@ -330,10 +339,14 @@ def _helper(config, r):
     plgpu.wait_smem_to_gmem(0)
 
 
+def _next(slot):
+    return jnp.where(slot == KEY_SLOTS - 1, 0, slot + 1)
+
+
 def _fresh(r):
     """A zero that the compiler cannot know. Masks and addresses made from it live only where they are used; else they
     would be made once, before the loop, and take the tiles' registers."""
-    return r.zero_s[0]
+    return r.numbers_s[ZEROS, 0].astype(jnp.int32)
 
 
 def _place(r, columns=CHUNK):
@@ -349,61 +362,79 @@ def _decay(config, r, slot):
     row, column = _place(r)
     keep = row >= column
     if config.masked:
-        documents = (plgpu.load(r.documents_r.at[slot], layout=ROWS), plgpu.load(r.documents_c.at[slot], layout=COLS))
+        documents = (plgpu.load(r.documents_s.at[slot], layout=ROWS), plgpu.load(r.documents_s.at[slot], layout=COLS))
         keep = keep & (per_row(documents[0], SQUARE) == per_column(documents[1], SQUARE))
     if not config.summed:
         return jnp.where(keep, 1.0, 0.0)
-    sums = (plgpu.load(r.sums_r.at[slot], layout=ROWS), plgpu.load(r.sums_c.at[slot], layout=COLS))
+    sums = (plgpu.load(r.sums_s.at[slot], layout=ROWS), plgpu.load(r.sums_s.at[slot], layout=COLS))
     return jnp.exp2(jnp.where(keep, per_row(sums[0], SQUARE) - per_column(sums[1], SQUARE), -jnp.inf))
 
 
 def _inverse(config, r, slot, half, decay):
-    """What the state warpgroups solve with, and (saved, tied) the inverse of I + diag(c) M.
+    """Writes what the state warpgroups solve with, and (saved, tied) the inverse of I + diag(c) M, in blocks [C, 16].
 
-    Returns four column blocks [C, 16] and a [C, C] tile, float32. While the inverse is block diagonal, its blocks lie
+    While the inverse is block diagonal, its blocks lie
     side by side in one [C, 16] tile, a quarter of the registers. Values per column are read from shared memory where
     they are used: kept, they would take the tiles' registers.
     """
+    if config.save:
+        plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # what the chunk before left here has been copied
     k_s = r.k_s.at[slot]
     gram = matmul(k_s, k_s.T, SQUARE)
     row, column = _place(r, BLOCK)
     square = jnp.sum(jnp.where((row & 15) == column, _diagonal(gram, row), 0.0), axis=1)
     norm = jnp.where(square > 0, jnp.sqrt(square), 1.0)
     inverse_norm = 1 / norm
-    strength = plgpu.load(r.erase_r.at[slot], layout=ROWS) * square
-    r.norm_s[...] = norm
-    r.inverse_norm_s[...] = inverse_norm
-    r.strength_s[...] = strength
+    gain = plgpu.load(r.gain_s.at[slot], layout=ROWS)
+    erase = gain * _phi1(gain * square) if config.exact else gain
+    strength = erase * square
+    columns = [norm, inverse_norm, inverse_norm * strength if config.tied else inverse_norm]
+    if config.tied and config.save:
+        columns.append(jnp.where(strength > STRONG, 1 / jnp.where(strength > STRONG, strength, 1.0), 0.0))
+    for i, numbers in enumerate(columns):
+        r.numbers_s.at[_fresh(r) + i][...] = numbers
+    r.numbers_s.at[ERASE + half][...] = erase
+    if config.save and config.exact:
+        r.square_s[...] = square
     plgpu.commit_smem()
-    over_columns = lambda ref: per_column(plgpu.load(ref, layout=COLS), SQUARE)
-    cosines = gram * (per_row(inverse_norm, SQUARE) * over_columns(r.inverse_norm_s))
+    numbers = lambda i: plgpu.load(r.numbers_s.at[_fresh(r) + i], layout=COLS)
     if decay is not None:
-        cosines = cosines * decay
+        gram = gram * decay
     if config.tied and config.save:
         row, column = _place(r)
-        plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # the inverse of the chunk before has left
-        strict = jnp.where(row > column, cosines, 0.0).astype(config.dtype)
+        strict = jnp.where(row > column, gram * (per_row(inverse_norm, SQUARE) * per_column(numbers(1), SQUARE)), 0.0)
+        strict = _half(strict)
         for i in range(CHUNK // BLOCK):
-            r.cosines_s.at[i][...] = strict[:, i * BLOCK : (i + 1) * BLOCK]
-    lower = cosines * (over_columns(r.strength_s) if config.tied else per_row(strength, SQUARE))
+            r.cosines_s.at[_fresh(r) + i][...] = strict[:, i * BLOCK : (i + 1) * BLOCK]
+    rows = inverse_norm if config.tied else inverse_norm * strength
+    lower = gram * (per_row(rows, SQUARE) * per_column(numbers(2), SQUARE))
     x = _ladder(r, lower)
-    if not config.tied:
-        over = lambda i: per_column(plgpu.load(r.norm_s, layout=COLS)[i * 16 : (i + 1) * 16], (CHUNK, BLOCK))
-        return [block * (per_row(inverse_norm, (CHUNK, BLOCK)) * over(i)) for i, block in enumerate(x)], None
-    over = lambda ref, i: per_column(plgpu.load(ref, layout=COLS)[i * BLOCK : (i + 1) * BLOCK], (CHUNK, BLOCK))
-    inverse = None
-    if config.save:
-        low = [block.astype(config.dtype) for block in x]
-        back = per_row(strength * -inverse_norm, (CHUNK, BLOCK))
-        inverse = []
-        for i in range(CHUNK // BLOCK):
-            terms = [r.cosines_s.at[i, pl.ds(j * BLOCK, BLOCK)] for j in range(CHUNK // BLOCK)]
-            linked = matmul(low, terms, (CHUNK, BLOCK), staged=r.bf16_stage) * (back * over(r.norm_s, i))
-            row, column = _place(r, BLOCK)
-            inverse.append(jnp.where(row == column + i * BLOCK, 1.0, linked))
-    return [
-        block * (per_row(norm, (CHUNK, BLOCK)) * over(r.inverse_norm_s, i)) for i, block in enumerate(x)
-    ], inverse
+    shape = (CHUNK, BLOCK)
+    over = lambda which, i: per_column(numbers(which)[i * BLOCK : (i + 1) * BLOCK], shape)
+    before, after = (norm, 1) if config.tied else (inverse_norm, 0)
+    for i, block in enumerate(x):
+        r.solve_s.at[half, i][...] = (block * (per_row(before, shape) * over(after, i))).astype(config.dtype)
+    if not (config.tied and config.save):
+        return
+    low = [block.astype(jnp.float16) for block in x]
+    for i, block in enumerate(x):
+        terms = [r.cosines_s.at[_fresh(r) + i, pl.ds(j * BLOCK, BLOCK)] for j in range(CHUNK // BLOCK)]
+        linked = matmul(low, terms, shape, staged=r.helper_stage) * -1.0
+        ratio = over(3, i)
+        inverse = jnp.where(ratio > 0, block * ratio, linked) * (per_row(strength * inverse_norm, shape) * over(0, i))
+        row, column = _place(r, BLOCK)
+        inverse = jnp.where(row == column + i * BLOCK, 1.0, inverse)
+        r.inverse_s.at[_fresh(r) + i][...] = lax.optimization_barrier(inverse).astype(config.dtype)
+
+
+def _phi1(x):
+    """(1 - e^{-x})/x for x ≥ 0, by its series where the difference would cancel; 9 terms are exact to float32 there."""
+    near = jnp.where(x < 0.5, x, 0.0)
+    series = jnp.ones_like(x)
+    for n in range(9, 1, -1):
+        series = 1.0 - near * (1.0 / n) * series
+    far = jnp.where(x < 0.5, 1.0, x)
+    return jnp.where(x < 0.5, series, (1.0 - jnp.exp(-far)) / far)
 
 
 def _diagonal(tile, row):

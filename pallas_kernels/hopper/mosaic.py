@@ -9,6 +9,8 @@ import jax.experimental.pallas as pl
 import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax import lax
+from jax.extend.core import Primitive
+from jax.interpreters import mlir
 
 CHUNK = 64
 F32 = jnp.float32
@@ -22,7 +24,8 @@ def interpret_params():
 
     JAX offers no public way to ask; a kernel that does nothing is traced and its parameter read.
     """
-    x = jax.ShapeDtypeStruct((1,), jnp.float32)
+    same_everywhere = jax.typeof(0.0).manual_axis_type  # asked for inside a caller's shard_map
+    x = jax.ShapeDtypeStruct((1,), jnp.float32, manual_axis_type=same_everywhere)
     jaxpr = jax.make_jaxpr(pl.pallas_call(lambda in_ref, out_ref: None, out_shape=x))(x)
     return next(eqn.params["interpret"] for eqn in jaxpr.eqns if "interpret" in eqn.params)
 
@@ -95,6 +98,14 @@ def per_column(x, shape):
     return lax.broadcast_in_dim(x, shape, [1])
 
 
+def store(ref, value):
+    """ref[...] = value in device memory, where rows may be shorter than a cache line: JAX 0.12 wants that said."""
+    if hasattr(plgpu, "store"):
+        plgpu.store(ref, value, optimized=False)
+    else:
+        ref[...] = value
+
+
 def kernel(body, *, name, out_type, grid, grid_names, scratch, warpgroups):
     """`plgpu.kernel` as all kernels here use it; scratch entries that are None are dropped.
 
@@ -113,7 +124,17 @@ def kernel(body, *, name, out_type, grid, grid_names, scratch, warpgroups):
     )
 
     def narrow(*args):
+        axes = frozenset().union(*(jax.typeof(x).manual_axis_type.varying for x in args))
         with jax.enable_x64(False):
-            return run(*args)
+            out = run(*(_unmarked_p.bind(x) for x in args) if axes else args)
+        return tuple(lax.pcast(x, tuple(sorted(axes)), to="varying") for x in out) if axes else out
 
     return narrow
+
+
+# Inside a caller's shard_map the type of an array says over which mesh axes it varies. In a kernel, where a loop's
+# carry must keep its type, the marks of what is read from memory would have to be given to all that is made there.
+_unmarked_p = Primitive("efla_unmarked")
+_unmarked_p.def_impl(lambda x: x)
+_unmarked_p.def_abstract_eval(lambda x: x.update(manual_axis_type=jax.typeof(0.0).manual_axis_type))
+mlir.register_lowering(_unmarked_p, lambda context, x: [x])

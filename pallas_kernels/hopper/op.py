@@ -7,8 +7,8 @@ write differs from erase, multiplies the values by write.
 
 import jax
 import jax.numpy as jnp
-from jax.ad_checkpoint import checkpoint_name
 
+from pallas_kernels.hopper import decode
 from pallas_kernels.hopper.backward import backward as backward_kernel
 from pallas_kernels.hopper.forward import forward as forward_kernel
 from pallas_kernels.hopper.mosaic import CHUNK
@@ -30,18 +30,27 @@ def unsupported(dtypes, key_dim, value_dim, chunk_size):
     return None
 
 
-def forward(query, key, value, erase, write, log_decay, initial_state, documents, *, scale, save):
+def forward(query, key, value, erase, write, log_decay, initial_state, documents, *, scale, save, exact=False):
     """Output, final state and the residuals of `backward`.
 
     Args:
         query, key: [B, T, Hk, K] bfloat16 or float16, K ≤ 128; value [B, T, H, V] of the same type, V ≤ 128.
-        erase: [B, T, H] float32. write: likewise, or None where it is erase.
+        erase: [B, T, H] float32, or beta if exact. write: likewise, or None where it is erase.
         log_decay: [B, T, H] float32 or None.
         initial_state: [B, H, K, V] float32 or None for zeros.
         documents: [B, T] int32 or None, how many documents of the row began up to the token, not counting token 0.
         save: whether to return residuals; else ().
+        exact: erase and write are (1 - e^{-βλ})/λ with λ = ‖k‖², made in the kernel; in XLA that reads the keys once
+            more, and its gradient reads them and writes theirs again. No log_decay then: write would be another number.
+
+    A few tokens after a given state go one by one, with the state in registers (speculative decoding), unless they are
+    to be differentiated.
     """
     length, key_dim, value_dim = key.shape[1], key.shape[-1], value.shape[-1]
+    few = length <= decode.SHORT and not exact and initial_state is not None and documents is None and not save
+    if few and not decode.unsupported((query.dtype, key.dtype, value.dtype), key_dim, value_dim):
+        output, state = decode.decode(query, key, value, erase, write, log_decay, initial_state, scale=scale)
+        return output, state, ()
     tied = write is None
     if not tied:
         value = (write[..., None] * value).astype(value.dtype)
@@ -49,25 +58,28 @@ def forward(query, key, value, erase, write, log_decay, initial_state, documents
     vectors, documents = _vectors(erase, log_decay, documents)
     out = forward_kernel(
         key, query, value, vectors, documents, _transposed(initial_state, key.shape[-1], value.shape[-1]),
-        scale=scale, tied=tied, save=save,
+        scale=scale, tied=tied, save=save, exact=exact,
     )  # fmt: skip
-    residuals = ()
-    if save:
-        residuals = tuple(checkpoint_name(out[name], f"efla_{name}") for name in ("states", "inverse", "solved"))
+    residuals = tuple(out[name] for name in _saved(exact)) if save else ()
     return out["output"][:, :length, :, :value_dim], _state(out["final"], key_dim, value_dim), residuals
 
 
-def backward(query, key, value, erase, write, log_decay, initial_state, documents, residuals, d_output, d_state, *, scale):
+def backward(
+    query, key, value, erase, write, log_decay, initial_state, documents, residuals, d_output, d_state, *, scale,
+    exact=False,
+):
     """Gradients of the eight inputs of `forward` but documents, in order; None where the input is None."""
     batch, length, key_heads, key_dim = key.shape
     heads, value_dim = value.shape[2:]
     tied = write is None
     padded_query, padded_key, d_output = _padded(query, key, d_output.astype(value.dtype))
     vectors, documents = _vectors(erase, log_decay, documents)
-    saved = dict(zip(("states", "inverse", "solved"), residuals, strict=True))
+    saved = dict(zip(_saved(exact), residuals, strict=True))
+    gain = vectors.pop("gain")
+    vectors |= dict(beta=gain, erase=saved["erase"], square=saved["square"]) if exact else dict(erase=gain)
     out = backward_kernel(
         padded_query, padded_key, d_output, saved, vectors, documents,
-        _transposed(d_state, padded_key.shape[-1], d_output.shape[-1]), scale=scale, tied=tied,
+        _transposed(d_state, padded_key.shape[-1], d_output.shape[-1]), scale=scale, tied=tied, exact=exact,
     )  # fmt: skip
     per_token = lambda x: jnp.swapaxes(x[..., :length], 1, 2)
     d_query, d_key = (_per_key_head(out[name][:, :length, :, :key_dim], key_heads) for name in ("d_query", "d_key"))
@@ -81,6 +93,11 @@ def backward(query, key, value, erase, write, log_decay, initial_state, document
         d_log_decay = per_token(_log_decay_gradient(out, documents))
     d_initial = None if initial_state is None else _state(out["d_initial"], key_dim, value_dim)
     return d_query, d_key, d_value, per_token(out["d_erase"]), d_write, d_log_decay, d_initial
+
+
+def _saved(exact):
+    """Names of the residuals."""
+    return ("states", "inverse", "solved", "erase", "square")[: 5 if exact else 3]
 
 
 def _padded(*arrays):
@@ -131,17 +148,17 @@ def _reach(documents):
     return reach & (documents[..., :, None] == documents[..., None, :])
 
 
-def _vectors(erase, log_decay, documents):
+def _vectors(gain, log_decay, documents):
     """What the kernels read per token, [B, H, N·64] float32, and documents [B, N·64]."""
     by_head = lambda x: _chunked(jnp.swapaxes(x.astype(jnp.float32), 1, 2))
-    erase = by_head(erase)
-    vectors = dict(erase=erase)
+    gain = by_head(gain)
+    vectors = dict(gain=gain)
     first = last = jnp.ones((), bool)
     if documents is not None:
         documents = _chunked(documents.astype(jnp.int32), mode="edge")  # padding belongs to the last document
         before = jnp.pad(documents[:, :-1, -1:], ((0, 0), (1, 0), (0, 0)))
         first, last = (documents == before)[:, None], (documents == documents[..., -1:])[:, None]
-        ones = jnp.ones_like(erase)
+        ones = jnp.ones_like(gain)
         vectors |= dict(left=jnp.where(first, ones, 0), right=jnp.where(last, ones, 0))
     if log_decay is not None:
         sums = jnp.sum(jnp.where(_reach(documents), by_head(log_decay)[..., None, :], 0), -1)

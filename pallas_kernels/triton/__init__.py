@@ -6,23 +6,30 @@ Four kernels: `prepare` (T and P of every chunk), `scan` (states and output), an
 
 import functools
 
-from pallas_kernels.triton.tiling import OLDEST, declines
+from pallas_kernels.triton.tiling import OLDEST, capability, unsupported
 
-__all__ = ["backward", "declines", "forward", "unavailable"]
+__all__ = ["NO_DEVICE", "absent", "backward", "forward", "missing", "unsupported"]
+
+
+NO_DEVICE = f"it needs an NVIDIA GPU of compute capability {OLDEST / 10} or higher"
 
 
 @functools.cache
-def unavailable() -> str | None:
-    """Why the kernels cannot run in this process, or None: packages that are missing or fail, no GPU, one too old."""
+def missing() -> str | None:
+    """Why this process cannot compile the kernels, or None: jax-triton is not installed or fails to import."""
     try:
-        from pallas_kernels.triton import host
-    except ImportError as error:
-        return f"jax-triton cannot be imported ({error}); install the extra 'triton'"
-    try:
-        found = host.capability()
-    except RuntimeError as error:
-        return f"there is no NVIDIA GPU ({str(error).splitlines()[0]})"
-    return None if found >= OLDEST else f"the GPU is sm_{found}; it needs sm_{OLDEST} or newer"
+        from pallas_kernels.triton import host  # noqa: F401
+    except Exception as error:  # of versions that do not fit each other anything may come
+        return f"jax-triton cannot be imported ({type(error).__name__}: {error}); install the extra 'triton'"
+    return None
+
+
+def absent() -> str | None:
+    """Why the kernels cannot run on this process's default device, or None."""
+    found = capability()
+    if found is None:
+        return NO_DEVICE
+    return None if found >= OLDEST else f"{NO_DEVICE}; this one has {found / 10}"
 
 
 def forward(query, key, value, erase, write, log_decay, initial_state, documents, *, scale: float, save: bool):
@@ -31,9 +38,9 @@ def forward(query, key, value, erase, write, log_decay, initial_state, documents
     Args:
         query, key: [B, T, Hk, K] bfloat16 or float16, T ≥ 1, B ≥ 1.
         value: [B, T, H, V] of the same type; value head h reads key head h // (H / Hk).
-        erase, write: [B, T, H] float32.
+        erase: [B, T, H] float32. write: likewise, or None where it is erase.
         log_decay: [B, T, H] float32 ≤ 0, or None, which leaves decay out of the kernels.
-        initial_state: [B, H, K, V] float32.
+        initial_state: [B, H, K, V] float32, or None for zeros.
         documents: [B, T] int32, how many documents began in the row up to the token, 0 at token 0; None for one.
         scale: factor on the output.
         save: whether residuals are wanted.
@@ -41,11 +48,10 @@ def forward(query, key, value, erase, write, log_decay, initial_state, documents
     Returns:
         (output [B, T, H, V] in value's type, final_state [B, H, K, V] float32, residuals: a tuple of arrays).
     """
-    from pallas_kernels.triton import host, launch
+    from pallas_kernels.triton import launch
 
     x = launch.Inputs(query, key, value, erase, write, log_decay, initial_state, documents)
-    capability = host.capability()
-    return launch.forward(host.caller(capability), capability, x, scale=scale, save=save)
+    return launch.forward(*_target(), x, scale=scale, save=save)
 
 
 def backward(
@@ -54,11 +60,19 @@ def backward(
     """Gradients of `forward`'s inputs from the cotangents of its output (value's type) and final state (float32).
 
     Returns:
-        (d_query, d_key, d_value in their inputs' types, d_erase, d_write, d_log_decay [B, T, H] float32 or None,
-        d_initial_state [B, H, K, V] float32).
+        (d_query, d_key, d_value in their inputs' types, d_erase, d_write, d_log_decay [B, T, H] float32,
+        d_initial_state [B, H, K, V] float32), None where the input is None.
     """
-    from pallas_kernels.triton import host, launch
+    from pallas_kernels.triton import launch
 
     x = launch.Inputs(query, key, value, erase, write, log_decay, initial_state, documents)
-    capability = host.capability()
-    return launch.backward(host.caller(capability), capability, x, residuals, (d_output, d_state), scale=scale)
+    return launch.backward(*_target(), x, residuals, (d_output, d_state), scale=scale)
+
+
+def _target():
+    """How kernels are called and for which capability. Without a GPU they are exported, for sm_80: what is compiled
+    for it runs on every 8.x, and is refused by other GPUs."""
+    from pallas_kernels.triton import host
+
+    target = capability() or OLDEST
+    return host.caller(target), target

@@ -3,7 +3,6 @@
 import functools
 import inspect
 
-import jax
 import jax_triton
 
 from pallas_kernels.triton.launch import Call, Launch
@@ -31,10 +30,3 @@ def caller(capability: int) -> Call:
         )
 
     return call
-
-
-@functools.cache
-def capability() -> int:
-    """80 for sm_80 and so on, of this process's first GPU; RuntimeError without one."""
-    major, minor = jax.local_devices(backend="cuda")[0].compute_capability.split(".")
-    return 10 * int(major) + int(minor)

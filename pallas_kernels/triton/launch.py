@@ -10,12 +10,10 @@ from typing import Any, NamedTuple, Protocol
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.triton.backward import gradients, reverse_scan
-from pallas_kernels.triton.forward import scan
+from pallas_kernels.triton.gradients import gradients, reverse_scan
 from pallas_kernels.triton.prepare import prepare
-from pallas_kernels.triton.tiling import Tile, tiles
-
-MAX_CHUNK = 64
+from pallas_kernels.triton.scan import scan
+from pallas_kernels.triton.tiling import MAX_CHUNK, Tile, tiles
 
 
 @dataclass(frozen=True)
@@ -37,7 +35,8 @@ class Call(Protocol):
 
 class Inputs(NamedTuple):
     """The arrays of a call: query, key [B, T, Hk, K]; value [B, T, H, V]; erase, write, log_decay [B, T, H] float32;
-    initial_state [B, H, K, V] float32; documents [B, T] int32. log_decay and documents may be None."""
+    initial_state [B, H, K, V] float32; documents [B, T] int32. May be None: write, where it is erase, initial_state,
+    where it is zeros, log_decay and documents."""
 
     query: Any
     key: Any
@@ -97,6 +96,12 @@ def describe(x: Inputs):
     options = dict(C=chunk, DECAY=x.log_decay is not None, DOCUMENTS=x.documents is not None, PRECISION=precision)
     chunks = -(-length // chunk)
     return Problem(batch, length, key_heads, heads, key_dim, value_dim, chunk, chunks, operand, options)
+
+
+def _filled(x: Inputs, p: Problem) -> Inputs:
+    """x with arrays for write and initial_state: kernels always take both."""
+    initial_state = jnp.zeros(p.state.shape, p.state.dtype) if x.initial_state is None else x.initial_state
+    return x._replace(write=x.erase if x.write is None else x.write, initial_state=initial_state)
 
 
 # An output that compile-time options leave out: kernels have one signature.
@@ -177,6 +182,7 @@ def forward(call: Call, capability: int, x: Inputs, *, scale: float, save: bool)
     take them, and with log_decay its sums [B, T, H]. Without save there are none, and no states are written.
     """
     p = describe(x)
+    x = _filled(x, p)
     tile = tiles(capability, p.operand.itemsize, p.key_dim, p.value_dim)
     inverse, weights, sums = call(_prepare(p, tile.prepare, x, scale))
     output, final_state, *saved = call(_scan(p, tile.scan, x, inverse, weights, sums, scale, save))
@@ -185,8 +191,10 @@ def forward(call: Call, capability: int, x: Inputs, *, scale: float, save: bool)
 
 
 def backward(call: Call, capability: int, x: Inputs, residuals, cotangents, *, scale: float):
-    """-> gradients in the order of `Inputs` but for documents; cotangents are those of output and final state."""
+    """-> gradients in the order of `Inputs` but for documents, None where the input is None; cotangents are those of
+    output and final state."""
     p = describe(x)
+    given, x = x, _filled(x, p)
     tile = tiles(capability, p.operand.itemsize, p.key_dim, p.value_dim)
     inverse, weights, states, updates, *sums = residuals
     (sums,) = sums or (x.erase,)
@@ -194,9 +202,12 @@ def backward(call: Call, capability: int, x: Inputs, residuals, cotangents, *, s
         _reverse_scan(p, tile.reverse_scan, x, inverse, weights, sums, cotangents, scale)
     )
     chosen = tile.gradients if p.heads == p.key_heads else tile.grouped
-    *d_tokens, d_erase, d_write, d_log_decay = call(
+    *d_features, d_erase, d_write, d_log_decay = call(
         _gradients(p, chosen, x, sums, states, updates, cotangents[0], d_states, solved, scale)
     )
     whole = lambda parts: parts[0] if len(parts) == 1 else parts.sum(0)
+    d_erase, d_write = whole(d_erase), whole(d_write)
+    if given.write is None:
+        d_erase, d_write = d_erase + d_write, None
     d_log_decay = None if x.log_decay is None else whole(d_log_decay)
-    return *d_tokens, whole(d_erase), whole(d_write), d_log_decay, d_initial_state
+    return *d_features, d_erase, d_write, d_log_decay, None if given.initial_state is None else d_initial_state

@@ -1,16 +1,19 @@
-"""Tile sizes of the kernels, by architecture, type and K; and which calls they serve.
+"""Tile sizes of the kernels, by architecture, type and K; which devices and which calls they serve.
 
 The table was made from what each candidate compiles to: no spills in the scans, tiles that no warp computes twice,
 shared memory within the smallest card of the architecture.
 """
 
+import re
 from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 
 KEY_DIMS = (16, 32, 64, 128)
 VALUE_DIMS = (16, 32, 64, 128, 256)
 DTYPES = ("bfloat16", "float16")
+MAX_CHUNK = 64  # tokens; fewer where all fit into one chunk
 OLDEST = 80  # sm_80: bfloat16 and TF32 tensor cores, asynchronous copies
 
 
@@ -101,13 +104,23 @@ def tiles(capability, itemsize, key_dim, value_dim):
     return Tiles(*map(fit, _TABLE[90 <= capability < 100, itemsize, key_dim > 64]))
 
 
-def declines(query, key, value):
-    """Why the kernels do not serve arrays of these shapes and types [B, T, heads, D], or None."""
-    types = {jnp.dtype(x.dtype).name for x in (query, key, value)}
-    if len(types) > 1 or not types <= set(DTYPES):
-        return f"query, key and value are {', '.join(sorted(types))}; it needs all bfloat16 or all float16"
-    if key.shape[-1] not in KEY_DIMS:
-        return f"K is {key.shape[-1]}; it needs one of {KEY_DIMS}"
-    if value.shape[-1] not in VALUE_DIMS:
-        return f"V is {value.shape[-1]}; it needs one of {VALUE_DIMS}"
+def capability() -> int | None:
+    """80 for sm_80 and so on, of the default device; None where it is no NVIDIA GPU."""
+    if jax.default_backend() != "gpu":
+        return None
+    number = re.fullmatch(r"(\d+)\.(\d)", str(getattr(jax.devices()[0], "compute_capability", None)))
+    return int(number[1] + number[2]) if number else None  # a GPU of another make has a name there
+
+
+def unsupported(dtypes, key_dim, value_dim, chunk_size):
+    """Why the kernels cannot serve a call of this kind, or None; dtypes are those of query, key and value."""
+    names = [jnp.dtype(dtype).name for dtype in dtypes]
+    if len(set(names)) > 1 or names[0] not in DTYPES:
+        return f"query, key and value are {', '.join(names)}; the kernels take all bfloat16 or all float16"
+    if key_dim not in KEY_DIMS:
+        return f"K is {key_dim}; the kernels take {', '.join(map(str, KEY_DIMS))}"
+    if value_dim not in VALUE_DIMS:
+        return f"V is {value_dim}; the kernels take {', '.join(map(str, VALUE_DIMS))}"
+    if chunk_size not in (None, MAX_CHUNK):
+        return f"chunk_size={chunk_size}; the kernels' chunks are of {MAX_CHUNK} tokens"
     return None

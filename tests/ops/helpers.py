@@ -12,7 +12,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from efla_jax import efla_attention
+from efla_jax import delta_rule_attention, efla_attention
 
 EPS = float(np.finfo(np.float32).eps)
 FACTOR, MINIMUM, LOOP = 8, 2, 64
@@ -56,7 +56,8 @@ def cotangents(inputs, seed=1):
 @functools.cache
 def _compiled(options, oracle):
     def run(inputs, segment_ids, cotangents):
-        op = lambda inputs: efla_attention(**inputs, segment_ids=segment_ids, **dict(options))
+        call = delta_rule_attention if "erase" in inputs else efla_attention
+        op = lambda inputs: call(**inputs, segment_ids=segment_ids, **dict(options))
         results, pullback = jax.vjp(op, inputs)
         cotangents = (c.astype(x.dtype) for c, x in zip(cotangents, results, strict=True))
         (gradients,) = pullback(tuple(cotangents))
@@ -67,7 +68,10 @@ def _compiled(options, oracle):
 
 
 def evaluate(inputs, dtype=None, *, segment_ids=None, cotangent=None, **options) -> dict[str, np.ndarray]:
-    """Output, state and the gradient of every input by name, for random cotangents; inputs cast to dtype first."""
+    """Output, state and the gradient of every input by name, for random cotangents; inputs cast to dtype first.
+
+    Inputs with erase are those of `delta_rule_attention`, others of `efla_attention`.
+    """
     cotangent = cotangents(inputs) if cotangent is None else cotangent
     if dtype is not None:
         inputs = {name: np.asarray(x, dtype) for name, x in inputs.items()}

@@ -134,7 +134,7 @@ def fake(reason=None, backend=None):
     def run(query, key, value, erase, write, log_decay, initial_state, segment_ids, **options):
         return jnp.full_like(value, 42), initial_state
 
-    return Implementation(run, lambda call: reason, backend)
+    return Implementation(run, lambda call: reason, backend=backend)
 
 
 def taken(implementation):
@@ -144,8 +144,8 @@ def taken(implementation):
 
 
 def test_a_name_never_falls_back(monkeypatch):
-    with pytest.raises(NotImplementedError, match=r"'triton' cannot serve this call: .*has no such kernel"):
-        taken("triton")
+    with pytest.raises(NotImplementedError, match=r"'pallas_tpu' cannot serve this call: .*has no such kernel"):
+        taken("pallas_tpu")
     monkeypatch.setitem(REGISTRY, "triton", fake("K = 3 is odd"))
     with pytest.raises(NotImplementedError, match="'triton' cannot serve this call: K = 3 is odd"):
         taken("triton")
@@ -169,9 +169,9 @@ def test_a_sequence_warns_on_each_fallback(monkeypatch):
 def test_a_sequence_raises_with_every_reason(monkeypatch):
     monkeypatch.setitem(REGISTRY, "triton", fake("K = 3 is odd"))
     with pytest.raises(NotImplementedError) as error:
-        taken(["triton", "pallas_gpu"])
+        taken(["triton", "pallas_tpu"])
     assert "'triton' cannot serve this call: K = 3 is odd" in str(error.value)
-    assert "'pallas_gpu' cannot serve this call: this version of efla_jax has no such kernel" in str(error.value)
+    assert "'pallas_tpu' cannot serve this call: this version of efla_jax has no such kernel" in str(error.value)
 
 
 def test_a_sequence_takes_the_first_that_serves(monkeypatch):

@@ -75,6 +75,59 @@ def reverse_scan(
 
 
 @triton.jit
+def _pair_products(
+    value, updates, d_output, solved, states, d_states, d_value, write_C, start, T, H, part,
+    C: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, PARTS: tl.constexpr, DECAY: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """What goes through pairs of a chunk's tokens and through the state after it: dO Uᵀ and Y Uᵀ [C, C], U dS'ᵀ
+    [C, BK], dw [C] of the columns of V that fall to this part, which writes their dV = w ∘ Y, and ⟨S, dS'⟩.
+
+    Pointers are to the chunk's first element.
+    """
+    operand: tl.constexpr = states.dtype.element_ty
+    d_weights_CC = tl.zeros([C, C], tl.float32)
+    z_CC = tl.zeros([C, C], tl.float32)
+    d_end_CK = tl.zeros([C, BK], tl.float32)
+    d_write_C = tl.zeros([C], tl.float32)
+    whole = 0.0
+    for column in range(0, V, BV):
+        u_CV = load_rows(updates + column, start, T, H, C, V, BV)
+        y_CV = load_rows(solved + column, start, T, H, C, V, BV)
+        d_out_CV = load_rows(d_output + column, start, T, H, C, V, BV).to(operand)
+        d_state_VK = load_transposed(d_states + column, BK, BV, V)
+        d_end_CK = tl.dot(u_CV, d_state_VK, acc=d_end_CK, input_precision=PRECISION)
+        d_weights_CC = tl.dot(d_out_CV, tl.trans(u_CV), acc=d_weights_CC, input_precision=PRECISION)
+        z_CC = tl.dot(y_CV, tl.trans(u_CV), acc=z_CC, input_precision=PRECISION)
+        if column // BV % PARTS == part:
+            v_CV = load_rows(value + column, start, T, H, C, V, BV).to(tl.float32)
+            d_write_C += tl.sum(y_CV.to(tl.float32) * v_CV, axis=1)
+            store_rows(d_value + column, write_C[:, None] * y_CV.to(tl.float32), start, T, H, C, V, BV)
+        if DECAY:
+            state_VK = load_transposed(states + column, BK, BV, V)
+            whole += tl.sum(tl.sum(state_VK.to(tl.float32) * d_state_VK.to(tl.float32), axis=1), axis=0)
+    return d_weights_CC, z_CC, d_end_CK, d_write_C, whole
+
+
+@triton.jit
+def _state_products(
+    d_output, solved, states, start, T, H,
+    C: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """What goes through the state before a chunk: dO Sᵀ and Y Sᵀ [C, BK]. Pointers as in `_pair_products`."""
+    operand: tl.constexpr = states.dtype.element_ty
+    d_read_CK = tl.zeros([C, BK], tl.float32)
+    y_state_CK = tl.zeros([C, BK], tl.float32)
+    for column in range(0, V, BV):
+        d_out_CV = load_rows(d_output + column, start, T, H, C, V, BV).to(operand)
+        y_CV = load_rows(solved + column, start, T, H, C, V, BV)
+        state_VK = load_transposed(states + column, BK, BV, V)
+        d_read_CK = tl.dot(d_out_CV, state_VK, acc=d_read_CK, input_precision=PRECISION)
+        y_state_CK = tl.dot(y_CV, state_VK, acc=y_state_CK, input_precision=PRECISION)
+    return d_read_CK, y_state_CK
+
+
+@triton.jit
 def gradients(
     query, key, value, erase, write, sums, documents, states, updates, d_output, d_states, solved,
     T, H, key_heads,
@@ -113,29 +166,10 @@ def gradients(
         at_chunk = (b.to(tl.int64) * chunks + n) * H + h
         at_state = (at_chunk * K + part * BK) * V
         write_C = load_vector(write + at, start, T, H, C)
-
-        # through the pairs of the chunk's tokens, and through the state after it
-        d_weights_CC = tl.zeros([C, C], tl.float32)  # dO Uᵀ
-        z_CC = tl.zeros([C, C], tl.float32)  # Y Uᵀ
-        d_end_CK = tl.zeros([C, BK], tl.float32)  # U dS'ᵀ
-        d_write_C = tl.zeros([C], tl.float32)
-        whole = 0.0  # ⟨S, dS'⟩
-        for column in range(0, V, BV):
-            u_CV = load_rows(updates + at * V + column, start, T, H, C, V, BV)
-            y_CV = load_rows(solved + at * V + column, start, T, H, C, V, BV)
-            d_out_CV = load_rows(d_output + at * V + column, start, T, H, C, V, BV).to(operand)
-            d_state_VK = load_transposed(d_states + at_state + column, BK, BV, V)
-            d_end_CK = tl.dot(u_CV, d_state_VK, acc=d_end_CK, input_precision=PRECISION)
-            d_weights_CC = tl.dot(d_out_CV, tl.trans(u_CV), acc=d_weights_CC, input_precision=PRECISION)
-            z_CC = tl.dot(y_CV, tl.trans(u_CV), acc=z_CC, input_precision=PRECISION)
-            if column // BV % (K // BK) == part:
-                v_CV = load_rows(value + at * V + column, start, T, H, C, V, BV).to(tl.float32)
-                d_write_C += tl.sum(y_CV.to(tl.float32) * v_CV, axis=1)
-                d_value_CV = write_C[:, None] * y_CV.to(tl.float32)
-                store_rows(d_value + at * V + column, d_value_CV, start, T, H, C, V, BV)
-            if DECAY:
-                state_VK = load_transposed(states + at_state + column, BK, BV, V)
-                whole += tl.sum(tl.sum(state_VK.to(tl.float32) * d_state_VK.to(tl.float32), axis=1), axis=0)
+        d_weights_CC, z_CC, d_end_CK, d_write_C, whole = _pair_products(
+            value + at * V, updates + at * V, d_output + at * V, solved + at * V, states + at_state,
+            d_states + at_state, d_value + at * V, write_C, start, T, H, part, C, V, BK, BV, K // BK, DECAY, PRECISION,
+        )  # fmt: skip
         store_vector(d_write + at_part, d_write_C, start, T, H, C)
 
         # loaded only here, and reach_CC made anew below: what lives through the loops is spilled
@@ -158,15 +192,9 @@ def gradients(
         end_total = total * whole + (tl.sum(tl.sum(d_end_CK * wide_CK, axis=1), axis=0) if DECAY else 0.0)
         d_key_CK += d_end_CK
 
-        # through the state before it
-        d_read_CK = tl.zeros([C, BK], tl.float32)  # dO Sᵀ
-        y_state_CK = tl.zeros([C, BK], tl.float32)  # Y Sᵀ
-        for column in range(0, V, BV):
-            d_out_CV = load_rows(d_output + at * V + column, start, T, H, C, V, BV).to(operand)
-            y_CV = load_rows(solved + at * V + column, start, T, H, C, V, BV)
-            state_VK = load_transposed(states + at_state + column, BK, BV, V)
-            d_read_CK = tl.dot(d_out_CV, state_VK, acc=d_read_CK, input_precision=PRECISION)
-            y_state_CK = tl.dot(y_CV, state_VK, acc=y_state_CK, input_precision=PRECISION)
+        d_read_CK, y_state_CK = _state_products(
+            d_output + at * V, solved + at * V, states + at_state, start, T, H, C, V, BK, BV, PRECISION
+        )
         d_query_CK += (SCALE * left_C)[:, None] * d_read_CK
         d_key_CK -= (erase_C * left_C)[:, None] * y_state_CK
         d_erase_C -= left_C * tl.sum(y_state_CK * k_CK.to(tl.float32), axis=1)

@@ -1,0 +1,60 @@
+"""Every kind of kernel that the op asks for, with shapes: compiled ahead of time to see registers and spills."""
+
+from collections.abc import Callable, Iterator
+from functools import partial
+from itertools import product
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels.hopper.decode import COLUMNS, ELEMENTS, decode
+from pallas_kernels.hopper.op import backward, forward
+
+Variant = tuple[str, str, Callable, tuple]
+
+
+def variants() -> Iterator[Variant]:
+    """(name, "forward" or "backward", function, its arguments as shapes)."""
+    sizes = (64, 64), (128, 128), (64, 128), (128, 64)
+    for (key_dim, value_dim), tied, decay, documents in product(sizes, (True, False), (False, True), (False, True)):
+        if key_dim != value_dim and (decay or documents):
+            continue
+        options = dict(tied=tied, decay=decay, documents=documents)
+        name = f"{key_dim}x{value_dim}" + "".join(f"-{option}" for option, on in options.items() if on)
+        for save in (False, True):
+            arrays = _arrays(key_dim, value_dim, **options)
+            fn = partial(forward, scale=1.0, save=save)
+            yield f"forward-{name}" + "-save" * save, "forward", fn, arrays
+        yield f"backward-{name}", "backward", partial(backward, scale=1.0), _backward_arrays(arrays)
+    yield from _decode_variants()
+
+
+def _decode_variants() -> Iterator[Variant]:
+    """Every width of block that fits; one token and many; with as little to read as possible, and with all there is."""
+    for dim, length, columns in product((64, 128, 256), (1, 16), COLUMNS):
+        if columns > dim or dim * columns > ELEMENTS:
+            continue
+        for full in (False, True):
+            options = dict(tied=not full, decay=full, documents=False, dtype=jnp.float32 if full else jnp.bfloat16)
+            arrays = _arrays(dim, dim, length=length, **options)[:-1]
+            name = f"decode-{dim}x{dim}-tokens{length}-columns{columns}" + "-full" * full
+            yield name, "forward", partial(decode, scale=1.0, columns=columns), arrays
+
+
+def _arrays(key_dim, value_dim, *, tied, decay, documents, batch=2, length=1024, heads=4, dtype=jnp.bfloat16):
+    """The arguments of `forward`."""
+    shape = jax.ShapeDtypeStruct
+    key = shape((batch, length, heads, key_dim), dtype)
+    value = shape((batch, length, heads, value_dim), dtype)
+    number = shape((batch, length, heads), jnp.float32)
+    state = shape((batch, heads, key_dim, value_dim), jnp.float32)
+    ids = shape((batch, length), jnp.int32)
+    return (
+        key, key, value, number, None if tied else number, number if decay else None, state, ids if documents else None,
+    )  # fmt: skip
+
+
+def _backward_arrays(arrays):
+    """The arguments of `backward` for those of `forward`."""
+    output, state, residuals = jax.eval_shape(partial(forward, scale=1.0, save=True), *arrays)
+    return *arrays, residuals, output, state

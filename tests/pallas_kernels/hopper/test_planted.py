@@ -1,0 +1,87 @@
+"""Bugs planted in a copy of the kernels' source are found: what the other tests of this folder rest on.
+
+The interpreter's race detection sees barriers, copies, loads and stores; it is blind to the operands of wgmma and to a
+missing commit_smem or wgmma_wait, which show on a card only.
+"""
+
+import importlib
+import inspect
+import re
+import types
+
+import jax
+import numpy as np
+import pytest
+
+from pallas_kernels.hopper import op
+from tests.ops import helpers
+from tests.ops.helpers import evaluate
+from tests.pallas_kernels.hopper.helpers import documents, rounded, too_far
+
+
+@pytest.fixture
+def plant(monkeypatch):
+    """plant("forward" or "backward", old, new): the op runs a copy of that kernel with the pattern old made new."""
+
+    def replace(name, old, new):
+        original = importlib.import_module(f"pallas_kernels.hopper.{name}")
+        source = inspect.getsource(original)
+        source, count = re.subn(old, new, source)
+        assert count, f"not in {name}.py: {old}"
+        copy = types.ModuleType(f"planted_{name}")
+        exec(compile(source, f"planted {original.__file__}", "exec"), copy.__dict__)
+        monkeypatch.setattr(op, f"{name}_kernel", getattr(copy, name))
+
+    helpers._compiled.cache_clear()
+    yield replace
+    helpers._compiled.cache_clear()
+
+
+def results(**options):
+    """Of 4 chunks and two heads, with decay and documents: by the kernels, the float64 token loop and `xla`."""
+    inputs, cotangent = rounded(batch=1, length=200, decay=True, heads=2)
+    options = dict(cotangent=cotangent, segment_ids=documents((30, 64, 150), 1, 200), scale=0.5) | options
+    kernels = evaluate(inputs, implementation="pallas_gpu", **options)
+    loop = evaluate(inputs, np.float64, implementation="scan", **options)
+    return kernels, loop, evaluate(inputs, implementation="xla", **options)
+
+
+# What a state warpgroup may still have to read is loaded over before it said that it has: the values of
+# two chunks back in the forward pass, all inputs of one chunk back in the backward pass.
+LATE = {
+    "values": ("forward", r"(pl\.when\(n \+ 1 >= VALUE_SLOTS\).*)\n( +)(load_values\(n \+ 1\))", r"\3\n\2\1"),
+    "inputs": ("backward", r"(plgpu\.barrier_wait\(r\.inputs_free\))\n( +)(pl.when.*load\(.*)", r"\3\n\2\1"),
+}
+
+
+@pytest.mark.parametrize(("name", "old", "new"), LATE.values(), ids=LATE)
+def test_late_wait(races, plant, name, old, new):
+    plant(name, old, new)
+    results()
+    assert any(state.races_found for state in races)
+
+
+def test_missing_wait(races, plant):
+    plant("backward", r"plgpu\.barrier_wait\(r\.inputs_free\)", "None")
+    with pytest.raises(jax.errors.JaxRuntimeError, match="Barrier completed phase 1, but no threads observed phase 0"):
+        results()
+
+
+WRONG = {
+    "values of another chunk": ("forward", r"r\.v_s\.at\[vslot, ", "r.v_s.at[0, "),
+    "document border": ("forward", r"per_row\(documents\[0\], SQUARE\) == ", "per_row(documents[0], SQUARE) >= "),
+    "its gradient": ("backward", r"per_row\(documents\[0\], SQUARE\) == ", "per_row(documents[0], SQUARE) >= "),
+}
+
+
+@pytest.mark.parametrize(("name", "old", "new"), WRONG.values(), ids=WRONG)
+def test_wrong_number(races, plant, name, old, new):
+    plant(name, old, new)
+    assert too_far(*results())
+
+
+def test_nothing_planted(interpreted, plant):
+    """The copy itself is sound."""
+    for name in ("forward", "backward"):
+        plant(name, "SQUARE", "SQUARE")
+    assert not too_far(*results())
