@@ -92,7 +92,19 @@ def implementation(forward: Callable, backward: Callable, platform: str, here: C
     attend.defvjp(attend_forward, attend_backward)
 
     def run(
-        query, key, value, erase, write, log_decay, initial_state, segment_ids, *, scale, chunk_size, precision, **options
+        query,
+        key,
+        value,
+        erase,
+        write,
+        log_decay,
+        initial_state,
+        segment_ids,
+        *,
+        scale,
+        chunk_size,
+        precision,
+        **options,
     ):
         del chunk_size, precision  # declined where they are not the kernels' own
         numbers = _accumulated(query, key, value, erase, write, log_decay, initial_state)

@@ -83,7 +83,9 @@ def backward(query, key, d_output, saved, vectors, documents, d_final, *, scale,
         d_initial=jax.ShapeDtypeStruct((batch, heads, value_dim, key_dim), F32),
     )
     if summed:
-        outputs |= dict(d_decay=per_token, ends=per_token, whole=jax.ShapeDtypeStruct((batch, heads, chunks, value_dim), F32))
+        outputs |= dict(
+            d_decay=per_token, ends=per_token, whole=jax.ShapeDtypeStruct((batch, heads, chunks, value_dim), F32)
+        )
     vector = plgpu.SMEM((CHUNK,), F32)
     parts = key_dim // 64
     copies = dict(

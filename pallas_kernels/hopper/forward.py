@@ -115,14 +115,14 @@ def forward(key, query, value, vectors, documents, initial, *, scale, tied, save
         gain_s=vector,
         square_s=plgpu.SMEM((CHUNK,), F32) if save and exact else None,
         causal_s=None if decayed or full else smem(SQUARE, dtype),  # 1 on and below the diagonal
-        numbers_s=plgpu.SMEM((7, CHUNK), F32),  # of each key: norm, one over it, that times cλ, one over cλ; zeros; erase
+        numbers_s=plgpu.SMEM(
+            (7, CHUNK), F32
+        ),  # of each key: norm, one over it, that times cλ, one over cλ; zeros; erase
         left_s=vector if decayed else None,
         right_s=vector if decayed else None,
         sums_s=vector if summed else None,
         documents_s=plgpu.SMEM((KEY_SLOTS, CHUNK), jnp.int32) if masked else None,
-        keys_full=plgpu.Barrier(
-            num_arrivals=3 + 2 * decayed + summed + masked, num_barriers=KEY_SLOTS
-        ),
+        keys_full=plgpu.Barrier(num_arrivals=3 + 2 * decayed + summed + masked, num_barriers=KEY_SLOTS),
         keys_free=plgpu.Barrier(num_arrivals=writers, num_barriers=KEY_SLOTS),
         values_full=plgpu.Barrier(num_barriers=VALUE_SLOTS),
         values_free=plgpu.Barrier(num_arrivals=writers, num_barriers=VALUE_SLOTS),
@@ -239,13 +239,9 @@ def _state(config, r, w):
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)
         r.stage_s.at[w, 0].T[...] = (out * config.scale).astype(config.dtype)
         plgpu.commit_smem()
-        plgpu.copy_smem_to_gmem(
-            r.stage_s.at[w, 0], r.output.at[r.b, rows, r.h, columns], commit_group=False
-        )
+        plgpu.copy_smem_to_gmem(r.stage_s.at[w, 0], r.output.at[r.b, rows, r.h, columns], commit_group=False)
         if config.save:
-            plgpu.copy_smem_to_gmem(
-                r.stage_s.at[w, 1], r.solved.at[r.b, rows, r.h, columns], commit_group=False
-            )
+            plgpu.copy_smem_to_gmem(r.stage_s.at[w, 1], r.solved.at[r.b, rows, r.h, columns], commit_group=False)
         plgpu.commit_smem_to_gmem_group()
         return new, _next(slot)
 
@@ -452,7 +448,9 @@ def _ladder(r, lower):
     row, column = _place(r, BLOCK)
     own = jnp.where((row & 15) > column, _diagonal(lower, row), 0.0)
     tile(0)[...] = _half(own)
-    tile(1)[...] = _half(jnp.where(row < 32, lower[:, :16], lower[:, 32:48]))  # left of the diagonal, rows of odd blocks
+    tile(1)[...] = _half(
+        jnp.where(row < 32, lower[:, :16], lower[:, 32:48])
+    )  # left of the diagonal, rows of odd blocks
     for i in range(2):
         r.corner_s.at[_fresh(r) + i][...] = _half(lower[:, i * BLOCK : (i + 1) * BLOCK])
     x = jnp.where((row & 15) == column, 1.0, jnp.where(((row & 15) ^ column) == 1, own * -1.0, 0.0))

@@ -5,10 +5,11 @@ and o at K = V = 128), sums log-decays within chunks, pads K and V to 64 or 128 
 write differs from erase, multiplies the values by write.
 """
 
-import jax
+from functools import partial
+
 import jax.numpy as jnp
 
-from pallas_kernels.hopper import decode
+from pallas_kernels.hopper import decode, pieces
 from pallas_kernels.hopper.backward import backward as backward_kernel
 from pallas_kernels.hopper.forward import forward as forward_kernel
 from pallas_kernels.hopper.mosaic import CHUNK
@@ -54,33 +55,68 @@ def forward(query, key, value, erase, write, log_decay, initial_state, documents
     tied = write is None
     if not tied:
         value = (write[..., None] * value).astype(value.dtype)
-    query, key, value = _padded(query, key, value)
-    vectors, documents = _vectors(erase, log_decay, documents)
-    out = forward_kernel(
-        key, query, value, vectors, documents, _transposed(initial_state, key.shape[-1], value.shape[-1]),
-        scale=scale, tied=tied, save=save, exact=exact,
-    )  # fmt: skip
-    residuals = tuple(out[name] for name in _saved(exact)) if save else ()
+    cut = pieces.count("forward", value.shape[0] * value.shape[2], length, key_dim, value_dim)
+    query, key, value = _padded(query, key, value, cut=cut)
+    vectors, documents = _vectors(erase, log_decay, documents, cut)
+    initial = _transposed(initial_state, key.shape[-1], value.shape[-1])
+    run = partial(forward_kernel, scale=scale, tied=tied, exact=exact)
+    if cut == 1:
+        out = run(key, query, value, vectors, documents, initial, save=save)
+    else:
+        out = _forward_in_pieces(run, cut, (key, query, value), vectors, documents, initial, save)
+    residuals = ()
+    if save:
+        names = _saved(exact) + (("maps",) if cut > 1 else ())
+        residuals = tuple(out[name].reshape(-1, cut, *out[name].shape[1:]) for name in names)
     return out["output"][:, :length, :, :value_dim], _state(out["final"], key_dim, value_dim), residuals
 
 
+def _forward_in_pieces(run, cut, tokens, vectors, documents, initial, save):
+    """The forward kernel on every piece, from the state that the pieces before leave; `pieces` says how."""
+    key, query, value = (pieces.fold(x, cut) for x in tokens)
+    vectors = {name: pieces.fold_heads(x, cut) for name, x in vectors.items()}
+    documents = None if documents is None else pieces.fold(documents, cut)
+    key_dim, heads = key.shape[-1], value.shape[2]
+    identity = jnp.broadcast_to(jnp.eye(key_dim, dtype=jnp.float32), (key.shape[0], heads, key_dim, key_dim))
+    nothing = jnp.zeros((*value.shape[:3], key_dim), value.dtype)
+    maps = run(key, query, nothing, vectors, documents, identity, save=False)["final"]
+    ends = run(key, query, value, vectors, documents, None, save=False)["final"]
+    starts, last = pieces.chain(initial, maps, ends, cut)
+    out = run(key, query, value, vectors, documents, starts, save=save)
+    return out | dict(output=pieces.unfold(out["output"], cut), final=last, maps=maps)
+
+
 def backward(
-    query, key, value, erase, write, log_decay, initial_state, documents, residuals, d_output, d_state, *, scale,
+    query,
+    key,
+    value,
+    erase,
+    write,
+    log_decay,
+    initial_state,
+    documents,
+    residuals,
+    d_output,
+    d_state,
+    *,
+    scale,
     exact=False,
 ):
     """Gradients of the eight inputs of `forward` but documents, in order; None where the input is None."""
     batch, length, key_heads, key_dim = key.shape
     heads, value_dim = value.shape[2:]
     tied = write is None
-    padded_query, padded_key, d_output = _padded(query, key, d_output.astype(value.dtype))
-    vectors, documents = _vectors(erase, log_decay, documents)
-    saved = dict(zip(_saved(exact), residuals, strict=True))
-    gain = vectors.pop("gain")
-    vectors |= dict(beta=gain, erase=saved["erase"], square=saved["square"]) if exact else dict(erase=gain)
-    out = backward_kernel(
-        padded_query, padded_key, d_output, saved, vectors, documents,
-        _transposed(d_state, padded_key.shape[-1], d_output.shape[-1]), scale=scale, tied=tied, exact=exact,
-    )  # fmt: skip
+    cut = residuals[0].shape[1]  # pieces of a row
+    names = _saved(exact) + (("maps",) if cut > 1 else ())
+    saved = {name: x.reshape(-1, *x.shape[2:]) for name, x in zip(names, residuals, strict=True)}
+    tokens = _padded(query, key, d_output.astype(value.dtype), cut=cut)
+    vectors, documents = _vectors(erase, log_decay, documents, cut)
+    d_final = _transposed(d_state, tokens[1].shape[-1], tokens[2].shape[-1])
+    run = partial(backward_kernel, scale=scale, tied=tied, exact=exact)
+    if cut == 1:
+        out = run(*tokens, saved, _backward_vectors(vectors, saved, exact), documents, d_final)
+    else:
+        out = _backward_in_pieces(run, cut, tokens, saved, vectors, documents, d_final, exact)
     per_token = lambda x: jnp.swapaxes(x[..., :length], 1, 2)
     d_query, d_key = (_per_key_head(out[name][:, :length, :, :key_dim], key_heads) for name in ("d_query", "d_key"))
     d_value = out["d_value"][:, :length, :, :value_dim]
@@ -95,17 +131,38 @@ def backward(
     return d_query, d_key, d_value, per_token(out["d_erase"]), d_write, d_log_decay, d_initial
 
 
+def _backward_vectors(vectors, saved, exact):
+    """The vectors of the forward kernel as those of the backward one."""
+    rest = {name: x for name, x in vectors.items() if name != "gain"}
+    if exact:
+        return rest | dict(beta=vectors["gain"], erase=saved["erase"], square=saved["square"])
+    return rest | dict(erase=vectors["gain"])
+
+
+def _backward_in_pieces(run, cut, tokens, saved, vectors, documents, d_final, exact):
+    """The backward kernel on every piece, from the cotangent that the pieces behind leave."""
+    tokens = [pieces.fold(x, cut) for x in tokens]
+    vectors = _backward_vectors({name: pieces.fold_heads(x, cut) for name, x in vectors.items()}, saved, exact)
+    documents = None if documents is None else pieces.fold(documents, cut)
+    ends = run(*tokens, saved, vectors, documents, None)["d_initial"]
+    d_lasts, d_initial = pieces.chain(d_final, saved["maps"], ends, cut, backward=True)
+    out = run(*tokens, saved, vectors, documents, d_lasts)
+    by_head = {"d_erase", "d_decay", "ends", "whole"}
+    whole = lambda name, x: pieces.unfold_heads(x, cut) if name in by_head else pieces.unfold(x, cut)
+    return {name: whole(name, x) for name, x in out.items() if name != "d_initial"} | dict(d_initial=d_initial)
+
+
 def _saved(exact):
     """Names of the residuals."""
     return ("states", "inverse", "solved", "erase", "square")[: 5 if exact else 3]
 
 
-def _padded(*arrays):
-    """[B, T, H, D] with T a multiple of 8, which TMA asks for, and D 64 or 128."""
+def _padded(*arrays, cut):
+    """[B, T, H, D] with T a multiple of 8, which TMA asks for, or of whole pieces, and D 64 or 128."""
     result = []
     for x in arrays:
         size = CHUNK if x.shape[-1] <= CHUNK else LARGEST
-        missing = -x.shape[1] % 8, size - x.shape[-1]
+        missing = -x.shape[1] % (8 if cut == 1 else cut * CHUNK), size - x.shape[-1]
         result.append(jnp.pad(x, ((0, 0), (0, missing[0]), (0, 0), (0, missing[1]))) if any(missing) else x)
     return result
 
@@ -132,9 +189,9 @@ def _per_key_head(x, key_heads):
     return jnp.sum(grouped, 3, dtype=jnp.float32).astype(x.dtype)
 
 
-def _chunked(x, mode="constant"):
-    """[..., T] -> [..., N, C]."""
-    missing = -x.shape[-1] % CHUNK
+def _chunked(x, cut, mode="constant"):
+    """[..., T] -> [..., N, C], N a multiple of the pieces of a row."""
+    missing = -x.shape[-1] % (cut * CHUNK)
     x = jnp.pad(x, ((0, 0),) * (x.ndim - 1) + ((0, missing),), mode=mode)
     return x.reshape(*x.shape[:-1], -1, CHUNK)
 
@@ -148,14 +205,14 @@ def _reach(documents):
     return reach & (documents[..., :, None] == documents[..., None, :])
 
 
-def _vectors(gain, log_decay, documents):
+def _vectors(gain, log_decay, documents, cut):
     """What the kernels read per token, [B, H, N·64] float32, and documents [B, N·64]."""
-    by_head = lambda x: _chunked(jnp.swapaxes(x.astype(jnp.float32), 1, 2))
+    by_head = lambda x: _chunked(jnp.swapaxes(x.astype(jnp.float32), 1, 2), cut)
     gain = by_head(gain)
     vectors = dict(gain=gain)
     first = last = jnp.ones((), bool)
     if documents is not None:
-        documents = _chunked(documents.astype(jnp.int32), mode="edge")  # padding belongs to the last document
+        documents = _chunked(documents.astype(jnp.int32), cut, mode="edge")  # padding belongs to the last document
         before = jnp.pad(documents[:, :-1, -1:], ((0, 0), (1, 0), (0, 0)))
         first, last = (documents == before)[:, None], (documents == documents[..., -1:])[:, None]
         ones = jnp.ones_like(gain)
