@@ -108,9 +108,9 @@ class Products:
     ckv: int = 0  # [C, K] by [K, V] in any order, such as K S
     cck: int = 0  # such as K Kᵀ
     ccv: int = 0  # such as P U
-    ccc: int = 0
+    ccc: float = 0  # a fraction where blocks are left out
 
-    def macs(self, shape: Shape) -> int:
+    def macs(self, shape: Shape) -> float:
         """Multiply-adds of a chunk and value head."""
         key, value = shape.key_dim, shape.value_dim
         return CHUNK * (self.ckv * key * value + CHUNK * (self.cck * key + self.ccv * value + self.ccc * CHUNK))
@@ -170,13 +170,23 @@ _SCAN = Kernel(
     "columns",
     saves=("states",),
 )
+# The inverse in blocks of 16 that lie side by side: three merges of [C, 16] by [C, C], then two of blocks alone.
+_FUSED_INVERSE = 3 * 2 / 4 + 4 / 16 + 7 / 16
 _FUSED = Kernel(
     "forward",
     ("q", "k", "v", "erase", "write", "decay", "initial"),
     ("o", "final"),
-    Products(ckv=3, cck=2, ccv=2, ccc=_INVERSE),
+    Products(ckv=3, cck=2, ccv=2, ccc=_FUSED_INVERSE),
     "head",
     saves=("states", "T", "U"),
+)
+# K dS, Qᵀ dO, Kᵀ X, dO Sᵀ, U dSᵀ, Y Sᵀ; Q Kᵀ, dP K, dPᵀ Q, Z K, Zᵀ K; Pᵀ dO, Tᵀ dU, dO Uᵀ, Y Uᵀ
+_FUSED_BACKWARD = Kernel(
+    "backward",
+    ("q", "k", "do", "U", "T", "states", "erase", "decay", "dfinal"),
+    ("dq", "dk", "dv", "derase", "ddecay", "dinitial"),
+    Products(ckv=6, cck=5, ccv=4),
+    "head",
 )
 # K S, T R, Kᵀ U
 _STATES = Kernel(
@@ -212,7 +222,8 @@ _GRADIENTS_OF_UPDATE = Kernel(
     "chunk",
 )
 DESIGNS = {
-    "fused": Design((_FUSED,), (_BACKWARD_SCAN, _GRADIENTS_OF_UPDATE)),
+    "fused": Design((_FUSED,), (_FUSED_BACKWARD,)),
+    "fused forward": Design((_FUSED,), (_BACKWARD_SCAN, _GRADIENTS_OF_UPDATE)),
     "split": Design((_PREPARE, _SCAN), (_BACKWARD_SCAN, _GRADIENTS)),
     "recomputed": Design((_PREPARE, _SCAN), (_STATES, _BACKWARD_SCAN, _GRADIENTS)),
 }

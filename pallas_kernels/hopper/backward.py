@@ -6,13 +6,16 @@ With U, E, R as in `pallas_kernels.hopper.forward`, dS' the cotangent of the sta
     dS = d dS' + scale (a∘dO)ᵀ Q - (a∘X)ᵀ K     dP = scale tril(D∘(dO Uᵀ))       Z = tril(D∘(X Uᵀ), -1)
     dQ = scale a∘(dO S) + dP K
     dK = e∘(U dS'ᵀ) - a∘(X Sᵀ) + dPᵀ Q - (Z + Zᵀ) K
-    tied:   dV = X    dc = ⟨Y, E⟩ row by row                       untied: dV = Y    dc = -⟨k, a∘(Y Sᵀ)⟩ - Σ_j M_ij (Y Uᵀ)_ij
+    tied:   dV = X    dc = ⟨Y, E⟩ row by row
+    untied: dV = Y    dc = -⟨k, a∘(Y Sᵀ)⟩ - Σ_j M_ij (Y Uᵀ)_ij
 
 The inverse needs no derivative of its own: dM = -Z. Each state warpgroup carries 64 columns of dS as dSᵀ [64, K] in
 registers through g, Y and dS; the helper makes P beforehand, then all that leaves the chunk.
 """
 
+import functools
 import math
+import operator
 from types import SimpleNamespace
 
 import jax
@@ -132,8 +135,8 @@ def backward(query, key, d_output, saved, vectors, documents, d_final, *, scale,
     )
     config = SimpleNamespace(
         chunks=chunks, group=heads // key_heads, key_dim=key_dim, value_dim=value_dim, writers=writers, parts=parts,
-        dtype=dtype, scale=scale, tied=tied, masked=masked, decayed=decayed, summed=summed, given=d_final is not None, exact=exact,
-        copies=tuple(copies),
+        dtype=dtype, scale=scale, tied=tied, masked=masked, decayed=decayed, summed=summed, exact=exact,
+        given=d_final is not None, copies=tuple(copies),
     )  # fmt: skip
     names = (*inputs, *outputs)
 
@@ -330,6 +333,7 @@ def _keys(config, r, n):
     plgpu.barrier_wait(r.state_ready)
     plgpu.barrier_wait(r.y_ready)
     diagonal = None
+    erase_terms, decay_terms, end_terms = [], [], []
     if config.tied:
         d_erase = _values(config, r)  # and X in the place of Y
         if config.exact:
@@ -340,7 +344,7 @@ def _keys(config, r, n):
     z = _times_updates(config, r, s, s.y_s)  # X Uᵀ, untied Y Uᵀ
     if not config.tied:
         gram = _pairs(config, r, matmul(s.k_s, s.k_s.T, SQUARE, staged=staged), strict=True)
-        d_erase = jnp.sum(gram * z, axis=1) * -1.0
+        erase_terms.append(jnp.sum(gram * z, axis=1) * -1.0)
         z = z * _rows(r.erase_r)
     z = _pairs(config, r, z, strict=True)
     if diagonal is not None:  # Z and Zᵀ both multiply K, so that the key's part in λ comes for free
@@ -349,7 +353,8 @@ def _keys(config, r, n):
     z_low = z.astype(config.dtype)
     s.p_s[...] = z_low
     plgpu.commit_smem()
-    decay, ends = (plgpu.load(r.d_decay_s, layout=ROWS), None) if config.summed else (None, None)
+    if config.summed:
+        decay_terms.append(plgpu.load(r.d_decay_s, layout=ROWS))
     for part in range(config.parts):
         columns = pl.ds(part * 64, 64)
         s = _tiles(r)
@@ -359,7 +364,7 @@ def _keys(config, r, n):
         if config.decayed:
             recalled = recalled * _rows(r.left_r)
         if not config.tied:
-            d_erase = d_erase - _row_dot(recalled, k_s)
+            erase_terms.append(_row_dot(recalled * -1.0, k_s))
             recalled = recalled * _rows(r.erase_r)
         before = matmul(z_low, k_s, SQUARE, init=recalled, staged=staged)
         stored = matmul(s.u_s, s.ds_s.at[:, columns], SQUARE, staged=staged)
@@ -370,14 +375,13 @@ def _keys(config, r, n):
         after = matmul([s.dp_s.T, s.p_s.T], [q_s, k_s], SQUARE, init=stored, staged=staged)
         r.dk_s.at[part][...] = ((before + after) * -1.0).astype(config.dtype)
         if config.summed:
-            decay = decay + _row_dot(after - before, k_s)
-            end = _row_dot(stored * -1.0, k_s)
-            ends = end if ends is None else ends + end
+            decay_terms.append(_row_dot(after - before, k_s))
+            end_terms.append(_row_dot(stored * -1.0, k_s))
     if not config.tied:
-        r.d_erase_s[...] = d_erase
+        r.d_erase_s[...] = _total(erase_terms)
     if config.summed:
-        r.d_decay_s[...] = decay
-        r.ends_s[...] = ends
+        r.d_decay_s[...] = _total(decay_terms)
+        r.ends_s[...] = _total(end_terms)
         _whole(config, r)
     plgpu.commit_smem()
     plgpu.copy_smem_to_gmem(r.y_s.at[r.first], r.d_value.at[r.b, rows, r.h], commit_group=False)
@@ -409,6 +413,10 @@ def _through_erase(r, d_erase):
 def _rows(ref):
     """A vector of shared memory over the columns of a square."""
     return per_row(plgpu.load(ref, layout=ROWS), SQUARE)
+
+
+def _total(terms):
+    return functools.reduce(operator.add, terms)
 
 
 def _row_dot(x, ref):

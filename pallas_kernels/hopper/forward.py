@@ -33,14 +33,11 @@ from pallas_kernels.hopper.mosaic import (
     F32,
     ROWS,
     TILE,
-    interpreting,
     iota,
     kernel,
     matmul,
     per_column,
     per_row,
-    product,
-    read,
     smem,
     stage,
 )
@@ -49,7 +46,7 @@ SQUARE = (CHUNK, CHUNK)
 BLOCK = 16
 ZEROS, ERASE = 4, 5  # rows of numbers_s
 STRONG = 1 / 32  # of cλ, see _inverse
-KEY_SLOTS = 3  # chunks of q, k: one in the state warpgroups, one in the helper, one on its way
+KEY_SLOTS = 3  # chunks of q, k: one in the state warpgroups, one in the helper, one on its way, if there is room
 VALUE_SLOTS = 2  # also of what the helper makes
 # Of the 168 registers a thread that three warpgroups start with.
 STATE_REGISTERS, HELPER_REGISTERS = 184, 136
@@ -97,13 +94,14 @@ def forward(key, query, value, vectors, documents, initial, *, scale, tied, save
     if save and exact:
         per_token = jax.ShapeDtypeStruct((batch, heads, chunks * CHUNK), F32)
         outputs |= dict(erase=per_token, square=per_token)
-    vector = plgpu.SMEM((KEY_SLOTS, CHUNK), F32)
     full = save and tied and key_dim + value_dim == 256  # shared memory is
     decayed = "left" in vectors
     summed = "sums" in vectors
+    slots = KEY_SLOTS - (full and summed)
+    vector = plgpu.SMEM((slots, CHUNK), F32)
     scratch = dict(
-        q_s=smem((KEY_SLOTS, CHUNK, key_dim), dtype),
-        k_s=smem((KEY_SLOTS, CHUNK, key_dim), dtype),
+        q_s=smem((slots, CHUNK, key_dim), dtype),
+        k_s=smem((slots, CHUNK, key_dim), dtype),
         v_s=smem((VALUE_SLOTS, CHUNK, value_dim), dtype),
         solve_s=smem((2, CHUNK // BLOCK, CHUNK, BLOCK), dtype),
         scores_s=smem((2, *SQUARE), dtype),
@@ -120,10 +118,13 @@ def forward(key, query, value, vectors, documents, initial, *, scale, tied, save
         ),  # of each key: norm, one over it, that times cλ, one over cλ; zeros; erase
         left_s=vector if decayed else None,
         right_s=vector if decayed else None,
-        sums_s=vector if summed else None,
-        documents_s=plgpu.SMEM((KEY_SLOTS, CHUNK), jnp.int32) if masked else None,
-        keys_full=plgpu.Barrier(num_arrivals=3 + 2 * decayed + summed + masked, num_barriers=KEY_SLOTS),
-        keys_free=plgpu.Barrier(num_arrivals=writers, num_barriers=KEY_SLOTS),
+        # a copy to be read by rows and one by columns: of one, the compiler finds no layout in reasonable time
+        sums_r=vector if summed else None,
+        sums_c=vector if summed else None,
+        documents_r=plgpu.SMEM((slots, CHUNK), jnp.int32) if masked else None,
+        documents_c=plgpu.SMEM((slots, CHUNK), jnp.int32) if masked else None,
+        keys_full=plgpu.Barrier(num_arrivals=3 + 2 * decayed + 2 * summed + 2 * masked, num_barriers=slots),
+        keys_free=plgpu.Barrier(num_arrivals=writers, num_barriers=slots),
         values_full=plgpu.Barrier(num_barriers=VALUE_SLOTS),
         values_free=plgpu.Barrier(num_arrivals=writers, num_barriers=VALUE_SLOTS),
         squares_full=plgpu.Barrier(num_barriers=2),
@@ -134,12 +135,12 @@ def forward(key, query, value, vectors, documents, initial, *, scale, tied, save
     )
     config = SimpleNamespace(
         chunks=chunks, group=heads // key_heads, key_dim=key_dim, writers=writers, dtype=dtype, scale=scale, tied=tied,
-        save=save, masked=masked, decayed=decayed, summed=summed, initial=initial is not None, exact=exact,
+        save=save, masked=masked, decayed=decayed, summed=summed, initial=initial is not None, exact=exact, slots=slots,
     )  # fmt: skip
     names = (*inputs, *outputs)
 
     def body(*refs, **scratch_refs):
-        r = SimpleNamespace(**{name: None for name in scratch}, **dict(zip(names, refs, strict=True)))
+        r = SimpleNamespace(**dict.fromkeys(scratch), **dict(zip(names, refs, strict=True)))
         r.__dict__.update(scratch_refs)
         r.b, r.h = lax.axis_index("b"), lax.axis_index("h")
         warpgroup = lax.axis_index("warpgroup")
@@ -243,7 +244,7 @@ def _state(config, r, w):
         if config.save:
             plgpu.copy_smem_to_gmem(r.stage_s.at[w, 1], r.solved.at[r.b, rows, r.h, columns], commit_group=False)
         plgpu.commit_smem_to_gmem_group()
-        return new, _next(slot)
+        return new, _next(config, slot)
 
     state, _ = lax.fori_loop(0, config.chunks, step, (state, 0 * r.b))
     r.final.at[r.b, r.h, columns][...] = state
@@ -261,13 +262,14 @@ def _helper(config, r):
         plgpu.commit_smem()  # what read this slot is done before the copy, which is another proxy, writes it
         plgpu.copy_gmem_to_smem(r.query.at[r.b, rows, head], r.q_s.at[slot], bar)
         plgpu.copy_gmem_to_smem(r.key.at[r.b, rows, head], r.k_s.at[slot], bar)
-        for name in ("gain_s", "left_s", "right_s", "sums_s"):
+        for name in ("gain_s", "left_s", "right_s", "sums_r", "sums_c"):
             target = getattr(r, name)
             if target is not None:
                 source = getattr(r, name[:-1] + "v")
                 plgpu.copy_gmem_to_smem(source.at[r.b, r.h, rows], target.at[slot], bar)
         if config.masked:
-            plgpu.copy_gmem_to_smem(r.documents.at[r.b, rows], r.documents_s.at[slot], bar)
+            for target in (r.documents_r, r.documents_c):
+                plgpu.copy_gmem_to_smem(r.documents.at[r.b, rows], target.at[slot], bar)
 
     def load_values(n):
         slot = n & 1
@@ -284,11 +286,11 @@ def _helper(config, r):
     plgpu.commit_smem()
 
     def step(n, slot):
-        half, following = n & 1, _next(slot)
+        half, following = n & 1, _next(config, slot)
 
         @pl.when(n + 1 < config.chunks)
         def _():
-            pl.when(n + 1 >= KEY_SLOTS)(lambda: plgpu.barrier_wait(r.keys_free.at[following]))
+            pl.when(n + 1 >= config.slots)(lambda: plgpu.barrier_wait(r.keys_free.at[following]))
             load_keys(n + 1, following)
 
         plgpu.barrier_wait(r.keys_full.at[slot])
@@ -327,16 +329,16 @@ def _helper(config, r):
         return following
 
     lax.fori_loop(0, config.chunks, step, start)
-    for n in range(max(config.chunks - KEY_SLOTS, 0), config.chunks):  # every phase must be seen to end
-        plgpu.barrier_wait(r.keys_free.at[n % KEY_SLOTS])
+    for n in range(max(config.chunks - config.slots, 0), config.chunks):  # every phase must be seen to end
+        plgpu.barrier_wait(r.keys_free.at[n % config.slots])
     for n in range(max(config.chunks - 2, 0), config.chunks):
         plgpu.barrier_wait(r.values_free.at[n % VALUE_SLOTS])
         plgpu.barrier_wait(r.squares_free.at[n % 2])
     plgpu.wait_smem_to_gmem(0)
 
 
-def _next(slot):
-    return jnp.where(slot == KEY_SLOTS - 1, 0, slot + 1)
+def _next(config, slot):
+    return jnp.where(slot == config.slots - 1, 0, slot + 1)
 
 
 def _fresh(r):
@@ -358,11 +360,11 @@ def _decay(config, r, slot):
     row, column = _place(r)
     keep = row >= column
     if config.masked:
-        documents = (plgpu.load(r.documents_s.at[slot], layout=ROWS), plgpu.load(r.documents_s.at[slot], layout=COLS))
+        documents = (plgpu.load(r.documents_r.at[slot], layout=ROWS), plgpu.load(r.documents_c.at[slot], layout=COLS))
         keep = keep & (per_row(documents[0], SQUARE) == per_column(documents[1], SQUARE))
     if not config.summed:
         return jnp.where(keep, 1.0, 0.0)
-    sums = (plgpu.load(r.sums_s.at[slot], layout=ROWS), plgpu.load(r.sums_s.at[slot], layout=COLS))
+    sums = (plgpu.load(r.sums_r.at[slot], layout=ROWS), plgpu.load(r.sums_c.at[slot], layout=COLS))
     return jnp.exp2(jnp.where(keep, per_row(sums[0], SQUARE) - per_column(sums[1], SQUARE), -jnp.inf))
 
 

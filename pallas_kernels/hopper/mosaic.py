@@ -69,9 +69,12 @@ def matmul(a, b, shape, init=None, staged=None):
     """init + a @ b in float32, waited for. a and b may be equally long lists of terms, added up."""
     pairs = list(zip(a, b, strict=True)) if isinstance(a, list) else [(a, b)]
 
-    def scoped(acc):
+    def accumulate(acc):
         for left, right in pairs:
             product(acc, left, right, staged)
+
+    def scoped(acc):
+        accumulate(acc)
         return plgpu.wgmma_accumulator_load(acc, wait_n=0)
 
     if init is None:
@@ -79,7 +82,7 @@ def matmul(a, b, shape, init=None, staged=None):
     elif staged is not None:  # the interpreter knows no accumulator with a first value
         out = init + pl.run_scoped(scoped, plgpu.ACC(shape, F32))
     else:
-        out = pl.run_state(lambda acc: [product(acc, *pair) for pair in pairs] and None)(plgpu.ACC.init(init))
+        out = pl.run_state(accumulate)(plgpu.ACC.init(init))
     return lax.optimization_barrier(out)
 
 

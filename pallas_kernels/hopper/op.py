@@ -103,15 +103,16 @@ def backward(
     exact=False,
 ):
     """Gradients of the eight inputs of `forward` but documents, in order; None where the input is None."""
-    batch, length, key_heads, key_dim = key.shape
-    heads, value_dim = value.shape[2:]
+    length, key_heads, key_dim = key.shape[1:]
+    value_dim = value.shape[-1]
     tied = write is None
     cut = residuals[0].shape[1]  # pieces of a row
     names = _saved(exact) + (("maps",) if cut > 1 else ())
     saved = {name: x.reshape(-1, *x.shape[2:]) for name, x in zip(names, residuals, strict=True)}
-    tokens = _padded(query, key, d_output.astype(value.dtype), cut=cut)
+    padded_query, padded_key, d_output = _padded(query, key, d_output.astype(value.dtype), cut=cut)
+    tokens = padded_query, padded_key, d_output
     vectors, documents = _vectors(erase, log_decay, documents, cut)
-    d_final = _transposed(d_state, tokens[1].shape[-1], tokens[2].shape[-1])
+    d_final = _transposed(d_state, padded_key.shape[-1], d_output.shape[-1])
     run = partial(backward_kernel, scale=scale, tied=tied, exact=exact)
     if cut == 1:
         out = run(*tokens, saved, _backward_vectors(vectors, saved, exact), documents, d_final)

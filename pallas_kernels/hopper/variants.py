@@ -21,12 +21,17 @@ def variants() -> Iterator[Variant]:
             continue
         options = dict(tied=tied, decay=decay, documents=documents)
         name = f"{key_dim}x{value_dim}" + "".join(f"-{option}" for option, on in options.items() if on)
-        for save in (False, True):
-            arrays = _arrays(key_dim, value_dim, **options)
-            fn = partial(forward, scale=1.0, save=save)
-            yield f"forward-{name}" + "-save" * save, "forward", fn, arrays
-        yield f"backward-{name}", "backward", partial(backward, scale=1.0), _backward_arrays(arrays)
+        yield from _both_ways(name, _arrays(key_dim, value_dim, **options))
+        if tied and not decay:
+            yield from _both_ways(f"{name}-exact", _arrays(key_dim, value_dim, **options), exact=True)
     yield from _decode_variants()
+
+
+def _both_ways(name, arrays, **options) -> Iterator[Variant]:
+    for save in (False, True):
+        fn = partial(forward, scale=1.0, save=save, **options)
+        yield f"forward-{name}" + "-save" * save, "forward", fn, arrays
+    yield f"backward-{name}", "backward", partial(backward, scale=1.0, **options), _backward_arrays(arrays, **options)
 
 
 def _decode_variants() -> Iterator[Variant]:
@@ -54,7 +59,7 @@ def _arrays(key_dim, value_dim, *, tied, decay, documents, batch=2, length=1024,
     )  # fmt: skip
 
 
-def _backward_arrays(arrays):
+def _backward_arrays(arrays, **options):
     """The arguments of `backward` for those of `forward`."""
-    output, state, residuals = jax.eval_shape(partial(forward, scale=1.0, save=True), *arrays)
+    output, state, residuals = jax.eval_shape(partial(forward, scale=1.0, save=True, **options), *arrays)
     return *arrays, residuals, output, state

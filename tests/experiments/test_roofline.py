@@ -49,6 +49,7 @@ def test_bytes_of_one_forward_kernel_are_those_of_query_key_value_and_output():
 
 def test_bytes_of_the_backward_with_saved_and_with_recomputed_states():
     assert matrix_bytes(DESIGNS["split"].backward) == [1664, 2944]
+    assert matrix_bytes(DESIGNS["fused"].backward) == [2432]
     assert matrix_bytes(DESIGNS["recomputed"].backward) == [1152, 1664, 2944]
 
 
@@ -71,6 +72,7 @@ def test_products_of_forward_and_backward():
     """5 units forward, 11½ backward with saved states, 2½ more where they are made again."""
     split, recomputed = DESIGNS["split"], DESIGNS["recomputed"]
     assert units(split.forward) == units(DESIGNS["fused"].forward) == 5
+    assert units(DESIGNS["fused"].backward) == 10.5
     assert units(split.backward) == 11.5
     assert units(recomputed.backward) == 14
 

@@ -58,6 +58,7 @@ def test_vmap():
     assert_same(jax.tree.map(lambda x: x[:, 0], got), alone())
 
 
+@pytest.mark.slow
 @interpreted
 def test_vmap_over_some():
     """The rest is shared, as parameters are."""
