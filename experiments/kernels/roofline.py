@@ -184,7 +184,7 @@ _FUSED = Kernel(
 _FUSED_BACKWARD = Kernel(
     "backward",
     ("q", "k", "do", "U", "T", "states", "erase", "decay", "dfinal"),
-    ("dq", "dk", "dv", "derase", "ddecay", "dinitial"),
+    ("dq", "dk", "dv", "derase", "dwrite", "ddecay", "dinitial"),
     Products(ckv=6, cck=5, ccv=4),
     "head",
 )

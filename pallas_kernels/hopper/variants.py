@@ -46,7 +46,7 @@ def _decode_variants() -> Iterator[Variant]:
             yield name, "forward", partial(decode, scale=1.0, columns=columns), arrays
 
 
-def _arrays(key_dim, value_dim, *, tied, decay, documents, batch=2, length=1024, heads=4, dtype=jnp.bfloat16):
+def _arrays(key_dim, value_dim, *, tied, decay, documents, batch=32, length=1024, heads=4, dtype=jnp.bfloat16):
     """The arguments of `forward`."""
     shape = jax.ShapeDtypeStruct
     key = shape((batch, length, heads, key_dim), dtype)
