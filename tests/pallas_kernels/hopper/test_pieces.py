@@ -48,9 +48,10 @@ def test_chain(given):
     random = np.random.default_rng(0)
     maps, ends = random.normal(size=(4, 1, 5, 5)), random.normal(size=(4, 1, 3, 5))  # of two rows in two pieces: Mᵀ, Eᵀ
     first = random.normal(size=(2, 1, 3, 5)) if given else np.zeros((2, 1, 3, 5))
-    arrays = [jnp.asarray(x, jnp.float32) for x in (first, maps, ends)]
-    starts, last = pieces.chain(arrays[0] if given else None, *arrays[1:], 2)
-    back, front = pieces.chain(arrays[0] if given else None, *arrays[1:], 2, backward=True)
+    state = jnp.asarray(first, jnp.float32) if given else None
+    arrays = jnp.asarray(maps, jnp.float32), jnp.asarray(ends, jnp.float32)
+    starts, last = pieces.chain(state, arrays[0], arrays[1], 2)
+    back, front = pieces.chain(state, arrays[0], arrays[1], 2, backward=True)
     for row in range(2):
         through, end = maps[2 * row : 2 * row + 2, 0], ends[2 * row : 2 * row + 2, 0]
         middle = first[row, 0] @ through[0] + end[0]
