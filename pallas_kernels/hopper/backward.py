@@ -29,6 +29,7 @@ from pallas_kernels.hopper.mosaic import (
     COLS,
     F32,
     ROWS,
+    SQUARE,
     TILE,
     iota,
     kernel,
@@ -39,7 +40,6 @@ from pallas_kernels.hopper.mosaic import (
     stage,
 )
 
-SQUARE = (CHUNK, CHUNK)
 # Of a thread of the state warpgroups and of the helper, without and with log-decay. Three warpgroups start with 168.
 REGISTERS = (176, 152), (160, 184)
 # φ₁'(x) = -Σ (n+1)(-x)ⁿ/(n+2)!, exact to float32 for x < 1/2

@@ -13,6 +13,7 @@ from jax.extend.core import Primitive
 from jax.interpreters import mlir
 
 CHUNK = 64
+SQUARE = (CHUNK, CHUNK)
 F32 = jnp.float32
 TILE = plgpu.Layout.WGMMA
 ROWS = TILE.reduce(1)

@@ -1,0 +1,165 @@
+"""The triangular inverse of the forward kernel, made by its helper warpgroup.
+
+The inverse is taken on unit keys, where it is D_n-similar to (I + M̂ diag(cλ))⁻¹ with |M̂_ij| ≤ 1: float16 then has range
+to spare and eight times bfloat16's precision. X ← X - mask_b(X L) X merges inverses of b×b diagonal blocks, b = 1 … 32;
+the mask makes each step a merge of two blocks rather than a power of L.
+"""
+
+import jax.experimental.pallas as pl
+import jax.experimental.pallas.mosaic_gpu as plgpu
+import jax.numpy as jnp
+from jax import lax
+
+from pallas_kernels.hopper.mosaic import CHUNK, COLS, ROWS, SQUARE, iota, matmul, per_column, per_row
+
+BLOCK = 16
+ZEROS, ERASE = 4, 5  # rows of numbers_s
+STRONG = 1 / 32  # of cλ, see write_inverse
+
+
+def fresh(r):
+    """A zero that the compiler cannot know. Masks and addresses made from it live only where they are used; else they
+    would be made once, before the loop, and take the tiles' registers."""
+    return r.numbers_s[ZEROS, 0].astype(jnp.int32)
+
+
+def place(r, columns=CHUNK):
+    """Row and column numbers of a tile."""
+    zero = fresh(r)
+    return iota(0, columns) + zero, iota(1, columns) + zero
+
+
+def write_inverse(config, r, slot, half, decay):
+    """Writes what the state warpgroups solve with, and (saved, tied) the inverse of I + diag(c) M, in blocks [C, 16].
+
+    With W = (I + M diag(c))⁻¹ the latter is both c W c⁻¹ and I - c W M. The first keeps every entry's precision (keys
+    that repeat make small ones), but W, in float16, says little of columns of small cλ; there the second is taken.
+    Values per column are read from shared memory where they are used: kept, they would take the tiles' registers.
+    """
+    if config.save:
+        plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # what the chunk before left here has been copied
+    k_s = r.k_s.at[slot]
+    gram = matmul(k_s, k_s.T, SQUARE)
+    row, column = place(r, BLOCK)
+    square = jnp.sum(jnp.where((row & 15) == column, _diagonal(gram, row), 0.0), axis=1)
+    norm = jnp.where(square > 0, jnp.sqrt(square), 1.0)
+    inverse_norm = 1 / norm
+    gain = plgpu.load(r.gain_s.at[slot], layout=ROWS)
+    erase = gain * _phi1(gain * square) if config.exact else gain
+    strength = erase * square
+    columns = [norm, inverse_norm, inverse_norm * strength if config.tied else inverse_norm]
+    if config.tied and config.save:
+        columns.append(jnp.where(strength > STRONG, 1 / jnp.where(strength > STRONG, strength, 1.0), 0.0))
+    for i, values in enumerate(columns):
+        r.numbers_s.at[fresh(r) + i][...] = values
+    r.numbers_s.at[ERASE + half][...] = erase
+    if config.save and config.exact:
+        r.square_s[...] = square
+    plgpu.commit_smem()
+    numbers = lambda i: plgpu.load(r.numbers_s.at[fresh(r) + i], layout=COLS)
+    if decay is not None:
+        gram = gram * decay
+    if config.tied and config.save:
+        row, column = place(r)
+        strict = jnp.where(row > column, gram * (per_row(inverse_norm, SQUARE) * per_column(numbers(1), SQUARE)), 0.0)
+        strict = _half(strict)
+        for i in range(CHUNK // BLOCK):
+            r.cosines_s.at[fresh(r) + i][...] = strict[:, i * BLOCK : (i + 1) * BLOCK]
+    rows = inverse_norm if config.tied else inverse_norm * strength
+    lower = gram * (per_row(rows, SQUARE) * per_column(numbers(2), SQUARE))
+    x = _ladder(r, lower)
+    shape = (CHUNK, BLOCK)
+    over = lambda which, i: per_column(numbers(which)[i * BLOCK : (i + 1) * BLOCK], shape)
+    before, after = (norm, 1) if config.tied else (inverse_norm, 0)
+    for i, block in enumerate(x):
+        r.solve_s.at[half, i][...] = (block * (per_row(before, shape) * over(after, i))).astype(config.dtype)
+    if not (config.tied and config.save):
+        return
+    low = [block.astype(jnp.float16) for block in x]
+    for i, block in enumerate(x):
+        terms = [r.cosines_s.at[fresh(r) + i, pl.ds(j * BLOCK, BLOCK)] for j in range(CHUNK // BLOCK)]
+        linked = matmul(low, terms, shape, staged=r.helper_stage) * -1.0
+        ratio = over(3, i)
+        inverse = jnp.where(ratio > 0, block * ratio, linked) * (per_row(strength * inverse_norm, shape) * over(0, i))
+        row, column = place(r, BLOCK)
+        inverse = jnp.where(row == column + i * BLOCK, 1.0, inverse)
+        r.inverse_s.at[fresh(r) + i][...] = lax.optimization_barrier(inverse).astype(config.dtype)
+
+
+def _phi1(x):
+    """(1 - e^{-x})/x for x ≥ 0, by its series where the difference would cancel; 9 terms are exact to float32 there."""
+    near = jnp.where(x < 0.5, x, 0.0)
+    series = jnp.ones_like(x)
+    for n in range(9, 1, -1):
+        series = 1.0 - near * (1.0 / n) * series
+    far = jnp.where(x < 0.5, 1.0, x)
+    return jnp.where(x < 0.5, series, (1.0 - jnp.exp(-far)) / far)
+
+
+def _diagonal(tile, row):
+    """The four diagonal blocks of a [C, C] tile, one below the other: [C, 16]."""
+    block = row >> 4
+    upper = jnp.where(block == 0, tile[:, :16], tile[:, 16:32])
+    return jnp.where(block < 2, upper, jnp.where(block == 2, tile[:, 32:48], tile[:, 48:]))
+
+
+def _ladder(r, lower):
+    """The inverse of I + tril(lower, -1) [C, C], float16 products: four column blocks [C, 16] float32.
+
+    While it is block diagonal, its blocks lie one below the other in one [C, 16] tile: a quarter of the registers.
+    """
+    shape = (CHUNK, BLOCK)
+    tile = lambda i: r.ladder_s.at[fresh(r) + i]
+    rows = lambda ref, i: ref.at[pl.ds(i * BLOCK, BLOCK)]
+    row, column = place(r, BLOCK)
+    own = jnp.where((row & 15) > column, _diagonal(lower, row), 0.0)
+    tile(0)[...] = _half(own)
+    tile(1)[...] = _half(
+        jnp.where(row < 32, lower[:, :16], lower[:, 32:48])
+    )  # left of the diagonal, rows of odd blocks
+    for i in range(2):
+        r.corner_s.at[fresh(r) + i][...] = _half(lower[:, i * BLOCK : (i + 1) * BLOCK])
+    x = jnp.where((row & 15) == column, 1.0, jnp.where(((row & 15) ^ column) == 1, own * -1.0, 0.0))
+    # Products with 0 and 1, since selecting halves of a register takes several instructions.
+    one_block = [jnp.where((row >> 4) == i, 1.0, 0.0).astype(jnp.float16) for i in range(4)]
+
+    def apply(x, ref, blocks, offset=0):
+        """diag(x) @ ref, where rows of block i of x meet block i + offset of ref; only these blocks."""
+        left = [x * one_block[i] for i in blocks]
+        return matmul(left, [rows(ref, i + offset) for i in blocks], shape, staged=r.helper_stage)
+
+    for level in (1, 2, 3):
+        low = _half(x)
+        tile(2)[...] = low
+        plgpu.commit_smem()
+        merged = apply(_half(apply(low, tile(0), range(4))), tile(2), range(4))
+        row, column = place(r, BLOCK)
+        x = jnp.where((((row & 15) ^ column) >> level) == 1, merged * -1.0, x)
+    low = _half(x)
+    tile(2)[...] = low
+    plgpu.commit_smem()
+    merged = apply(_half(apply(low, tile(1), (1, 3))), tile(2), (1, 3), offset=-1)
+    row, _ = place(r, BLOCK)
+    odd = (row & 16) == 16
+    left, right = jnp.where(odd, merged * -1.0, x), jnp.where(odd, x, 0.0)
+    tile(0)[...] = _half(left)
+    tile(1)[...] = _half(right)
+    plgpu.commit_smem()
+    below = row >= 32
+    left_below, right_below = jnp.where(below, left, 0.0), jnp.where(below, right, 0.0)
+    terms = [_half(left_below), _half(right_below)]
+    corner = [r.corner_s.at[fresh(r) + i] for i in range(2)]
+    links = [_half(matmul(terms, [rows(ref, 2), rows(ref, 3)], shape, staged=r.helper_stage)) for ref in corner]
+    first = matmul(links, [rows(tile(0), 0), rows(tile(0), 1)], shape, staged=r.helper_stage)
+    second = matmul(links[1], rows(tile(1), 1), shape, staged=r.helper_stage)
+    return [
+        jnp.where(below, first * -1.0, left),
+        jnp.where(below, second * -1.0, right),
+        left_below,
+        right_below,
+    ]
+
+
+def _half(x):
+    """float16; the barrier keeps the compiler from selecting among halves of registers instead of whole ones."""
+    return lax.optimization_barrier(x).astype(jnp.float16)
