@@ -84,7 +84,7 @@ def kill_during_a_save(child: subprocess.Popen[str], checkpoints: Path) -> None:
     assert list(checkpoints.glob("saving-*")) == debris
 
 
-@pytest.mark.parametrize("devices", [1, 8])
+@pytest.mark.parametrize("devices", [1, pytest.param(8, marks=pytest.mark.slow)])
 def test_killed_at_random_moments_it_ends_as_if_nothing_had_happened(devices, tmp_path):
     steps, moments = 30, random.Random()
     workdir, checkpoints = tmp_path / "killed", tmp_path / "killed" / "checkpoints"

@@ -81,7 +81,12 @@ def training(loss):
         (shapes(), 1, 1),
         (shapes(decay=True, ids=True, key_dim=96, value_dim=40, length=1, dtype=jnp.float16), 1, 1),
         # in pieces: their maps, their ends, then all of them
-        (shapes(batch=1, length=2**20, heads=1, key_heads=1, key_dim=128, value_dim=128), 3, 2),
+        pytest.param(
+            shapes(batch=1, length=2**20, heads=1, key_heads=1, key_dim=128, value_dim=128),
+            3,
+            2,
+            marks=pytest.mark.slow,
+        ),
         pytest.param(shapes(batch=4096, length=64, heads=32, key_heads=32, decay=True), 1, 1, marks=pytest.mark.slow),
     ],
     ids=["plain", "padded", "a million tokens", "131072 sequences and heads"],
