@@ -1,4 +1,4 @@
-"""Kernels for Hopper GPUs (H100, H200) in Pallas Mosaic GPU: one for the forward pass, one for the backward pass."""
+"""Kernels for Hopper GPUs (H100, H200) in Pallas Mosaic GPU: forward pass, backward pass, decoding step."""
 
 from pallas_kernels.hopper.mosaic import interpreting
 from pallas_kernels.hopper.op import backward, forward, unsupported

@@ -32,7 +32,7 @@ from pallas_kernels.hopper.mosaic import (
     SQUARE,
     TILE,
     iota,
-    kernel,
+    launch,
     matmul,
     per_column,
     per_row,
@@ -138,30 +138,7 @@ def backward(query, key, d_output, saved, vectors, documents, d_final, *, scale,
         dtype=dtype, scale=scale, tied=tied, masked=masked, decayed=decayed, summed=summed, exact=exact,
         given=d_final is not None, copies=tuple(copies),
     )  # fmt: skip
-    names = (*inputs, *outputs)
-
-    def body(*refs, **scratch_refs):
-        r = SimpleNamespace(**dict.fromkeys(scratch), **dict(zip(names, refs, strict=True)))
-        r.__dict__.update(scratch_refs)
-        r.b, r.h = lax.axis_index("b"), lax.axis_index("h")
-        r.first = 0 * r.b  # traced: lowering takes no constant here
-        warpgroup = lax.axis_index("warpgroup")
-        for w in range(writers):
-            pl.when(warpgroup == w)(lambda w=w: _state(config, r, w))
-        pl.when(warpgroup == writers)(lambda: _helper(config, r))
-        plgpu.barrier_arrive(r.done)
-        plgpu.barrier_wait(r.done)
-
-    results = kernel(
-        body,
-        name="efla_backward",
-        out_type=tuple(outputs.values()),
-        grid=(batch, heads),
-        grid_names=("b", "h"),
-        scratch=scratch,
-        warpgroups=writers + 1,
-    )(*inputs.values())
-    return dict(zip(outputs, results, strict=True))
+    return launch("efla_backward", config, inputs, outputs, scratch, (batch, heads), _state, _helper)
 
 
 def _state(config, r, w):
@@ -238,7 +215,7 @@ def _helper(config, r):
             plgpu.copy_gmem_to_smem(source, target.at[r.first] if name in sources else target, r.full)
 
     r.zero_s[...] = plgpu.layout_cast(jnp.zeros((CHUNK,), jnp.int32), ROWS)
-    load(config.chunks - 1 + 0 * r.b)  # traced: a slice that reaches over the end is refused if it is known
+    load(config.chunks - 1 + r.first)
 
     def step(i, carry):
         n = config.chunks - 1 - i

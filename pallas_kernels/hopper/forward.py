@@ -34,7 +34,7 @@ from pallas_kernels.hopper.mosaic import (
     SQUARE,
     TILE,
     iota,
-    kernel,
+    launch,
     matmul,
     per_column,
     per_row,
@@ -109,9 +109,8 @@ def forward(key, query, value, vectors, documents, initial, *, scale, tied, save
         gain_s=vector,
         square_s=plgpu.SMEM((CHUNK,), F32) if save and exact else None,
         causal_s=None if decayed or full else smem(SQUARE, dtype),  # 1 on and below the diagonal
-        numbers_s=plgpu.SMEM(
-            (7, CHUNK), F32
-        ),  # of each key: norm, one over it, that times cλ, one over cλ; zeros; erase
+        # of each key: norm, one over it, that times cλ, one over cλ; zeros; erase of two chunks
+        numbers_s=plgpu.SMEM((7, CHUNK), F32),
         left_s=vector if decayed else None,
         right_s=vector if decayed else None,
         # a copy to be read by rows and one by columns: of one, the compiler finds no layout in reasonable time
@@ -133,30 +132,7 @@ def forward(key, query, value, vectors, documents, initial, *, scale, tied, save
         chunks=chunks, group=heads // key_heads, key_dim=key_dim, writers=writers, dtype=dtype, scale=scale, tied=tied,
         save=save, masked=masked, decayed=decayed, summed=summed, initial=initial is not None, exact=exact, slots=slots,
     )  # fmt: skip
-    names = (*inputs, *outputs)
-
-    def body(*refs, **scratch_refs):
-        r = SimpleNamespace(**dict.fromkeys(scratch), **dict(zip(names, refs, strict=True)))
-        r.__dict__.update(scratch_refs)
-        r.b, r.h = lax.axis_index("b"), lax.axis_index("h")
-        warpgroup = lax.axis_index("warpgroup")
-        for w in range(writers):
-            pl.when(warpgroup == w)(lambda w=w: _state(config, r, w))
-        pl.when(warpgroup == writers)(lambda: _helper(config, r))
-        # A warpgroup that ends while another still multiplies stops the kernel with an illegal instruction.
-        plgpu.barrier_arrive(r.done)
-        plgpu.barrier_wait(r.done)
-
-    results = kernel(
-        body,
-        name="efla_forward",
-        out_type=tuple(outputs.values()),
-        grid=(batch, heads),
-        grid_names=("b", "h"),
-        scratch=scratch,
-        warpgroups=writers + 1,
-    )(*inputs.values())
-    return dict(zip(outputs, results, strict=True))
+    return launch("efla_forward", config, inputs, outputs, scratch, (batch, heads), _state, _helper)
 
 
 def _state(config, r, w):
@@ -242,7 +218,7 @@ def _state(config, r, w):
         plgpu.commit_smem_to_gmem_group()
         return new, _next(config, slot)
 
-    state, _ = lax.fori_loop(0, config.chunks, step, (state, 0 * r.b))
+    state, _ = lax.fori_loop(0, config.chunks, step, (state, r.first))
     r.final.at[r.b, r.h, columns][...] = state
     plgpu.wait_smem_to_gmem(0)
 
@@ -273,9 +249,8 @@ def _helper(config, r):
         plgpu.commit_smem()
         plgpu.copy_gmem_to_smem(r.value.at[r.b, rows, r.h], r.v_s.at[slot], r.values_full.at[slot])
 
-    start = 0 * r.b  # traced: a slice that reaches over the end is refused if it is known
-    load_keys(start, start)
-    load_values(start)
+    load_keys(r.first, r.first)
+    load_values(r.first)
     r.numbers_s.at[ZEROS][...] = plgpu.layout_cast(jnp.zeros((CHUNK,), F32), ROWS)
     if r.causal_s is not None:
         r.causal_s[...] = jnp.where(iota(0) >= iota(1), 1.0, 0.0).astype(config.dtype)
@@ -324,7 +299,7 @@ def _helper(config, r):
 
         return following
 
-    lax.fori_loop(0, config.chunks, step, start)
+    lax.fori_loop(0, config.chunks, step, r.first)
     for n in range(max(config.chunks - config.slots, 0), config.chunks):  # every phase must be seen to end
         plgpu.barrier_wait(r.keys_free.at[n % config.slots])
     for n in range(max(config.chunks - 2, 0), config.chunks):

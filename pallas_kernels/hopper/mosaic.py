@@ -4,6 +4,8 @@ Letters: a tile of a chunk has C = 64 tokens. Registers of a warpgroup hold a ti
 accumulator; ROWS and COLS are its reductions, one value per row or per column.
 """
 
+from types import SimpleNamespace
+
 import jax
 import jax.experimental.pallas as pl
 import jax.experimental.pallas.mosaic_gpu as plgpu
@@ -58,16 +60,11 @@ def product(acc, a, b, staged=None):
     plgpu.wgmma(acc, a, b)
 
 
-def read(acc, in_flight=0):
-    """The accumulator's value once all but the last `in_flight` products are done.
+def matmul(a, b, shape, init=None, staged=None):
+    """init + a @ b in float32, waited for. a and b may be equally long lists of terms, added up.
 
     The barrier keeps the compiler from moving arithmetic on the result before the wait, on which it does not depend.
     """
-    return lax.optimization_barrier(plgpu.wgmma_accumulator_load(acc, wait_n=in_flight))
-
-
-def matmul(a, b, shape, init=None, staged=None):
-    """init + a @ b in float32, waited for. a and b may be equally long lists of terms, added up."""
     pairs = list(zip(a, b, strict=True)) if isinstance(a, list) else [(a, b)]
 
     def accumulate(acc):
@@ -110,30 +107,47 @@ def store(ref, value):
         ref[...] = value
 
 
-def kernel(body, *, name, out_type, grid, grid_names, scratch, warpgroups):
-    """`plgpu.kernel` as all kernels here use it; scratch entries that are None are dropped.
+def launch(name, config, inputs, outputs, scratch, grid, state, helper):
+    """Runs a kernel of config.writers state warpgroups, state(config, r, w), and one helper, helper(config, r).
 
-    Indices are 32 bits wide, also where a program has enabled x64.
+    inputs, outputs (shapes) and scratch map the names that refs have in r; scratch that is None is absent, and None in
+    r too. r.b, r.h: the block's place in the grid. Indices are 32 bits wide, also where a program has enabled x64.
+
+    Returns: name -> array, of outputs.
     """
+    names = (*inputs, *outputs)
+
+    def body(*refs, **scratch_refs):
+        r = SimpleNamespace(**dict.fromkeys(scratch), **dict(zip(names, refs, strict=True)))
+        r.__dict__.update(scratch_refs)
+        r.b, r.h = lax.axis_index("b"), lax.axis_index("h")
+        r.first = 0 * r.b  # traced: lowering takes no constant as an index, and refuses known slices over the end
+        warpgroup = lax.axis_index("warpgroup")
+        for w in range(config.writers):
+            pl.when(warpgroup == w)(lambda w=w: state(config, r, w))
+        pl.when(warpgroup == config.writers)(lambda: helper(config, r))
+        # A warpgroup that ends while another still multiplies stops the kernel with an illegal instruction.
+        plgpu.barrier_arrive(r.done)
+        plgpu.barrier_wait(r.done)
+
     run = plgpu.kernel(
         body,
-        out_type=out_type,
+        out_type=tuple(outputs.values()),
         grid=grid,
-        grid_names=grid_names,
-        num_threads=warpgroups,
+        grid_names=("b", "h"),
+        num_threads=config.writers + 1,
         thread_name="warpgroup",
         scratch_types={key: value for key, value in scratch.items() if value is not None},
         compiler_params=plgpu.CompilerParams(approx_math=True),
         kernel_name=name,
     )
-
-    def narrow(*args):
-        axes = frozenset().union(*(jax.typeof(x).manual_axis_type.varying for x in args))
-        with jax.enable_x64(False):
-            out = run(*(_unmarked_p.bind(x) for x in args) if axes else args)
-        return tuple(lax.pcast(x, tuple(sorted(axes)), to="varying") for x in out) if axes else out
-
-    return narrow
+    arrays = inputs.values()
+    axes = frozenset().union(*(jax.typeof(x).manual_axis_type.varying for x in arrays))
+    with jax.enable_x64(False):
+        out = run(*(_unmarked_p.bind(x) if axes else x for x in arrays))
+    if axes:
+        out = [lax.pcast(x, tuple(sorted(axes)), to="varying") for x in out]
+    return dict(zip(outputs, out, strict=True))
 
 
 # Inside a caller's shard_map the type of an array says over which mesh axes it varies. In a kernel, where a loop's
