@@ -67,9 +67,6 @@ def compile_variant(
 
 def _compile(function: Callable, arguments: tuple, folder: Path, disassemble: bool) -> str:
     """What Mosaic GPU prints on compiling function; its files of the lowering go to folder."""
-    # Nothing here may touch a device, nor take a compilation from a cache: the assembler would say nothing.
-    jax.config.update("jax_platforms", "cpu")
-    jax.config.update("jax_enable_compilation_cache", False)
     topology = topologies.get_topology_desc(platform="cuda", topology="1x1x1", target_config=target_config())
     device = jax.sharding.SingleDeviceSharding(topology.devices[0])
     place = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device)
@@ -114,6 +111,12 @@ def _stdout_to(path: Path) -> Generator[None]:
                 os.dup2(kept, 1)
     finally:
         os.close(kept)
+
+
+# Nothing here may touch a GPU, not even to ask of what kind it is, as the kernels do on tracing; nor take a compilation
+# from a cache: the assembler would say nothing.
+jax.config.update("jax_platforms", "cpu")
+jax.config.update("jax_enable_compilation_cache", False)
 
 
 def show(function: Callable, *arguments, direction: str = "forward", dump: str | None = None) -> None:
