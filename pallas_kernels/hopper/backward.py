@@ -10,12 +10,11 @@ With U, E, R as in `pallas_kernels.hopper.forward`, dS' the cotangent of the sta
     untied: dV = Y    dc = -⟨k, a∘(Y Sᵀ)⟩ - Σ_j M_ij (Y Uᵀ)_ij
 
 The inverse needs no derivative of its own: dM = -Z. Each state warpgroup carries 64 columns of dS as dSᵀ [64, K] in
-registers through g, Y and dS; the helper makes P beforehand, then all that leaves the chunk.
+registers through g, Y and dS; the helper makes P beforehand, then all that leaves the chunk. All have the 168 registers
+a thread that three warpgroups start with.
 """
 
-import functools
 import math
-import operator
 from types import SimpleNamespace
 
 import jax
@@ -31,7 +30,6 @@ from pallas_kernels.hopper.mosaic import (
     ROWS,
     SQUARE,
     TILE,
-    iota,
     launch,
     matmul,
     per_column,
@@ -40,8 +38,6 @@ from pallas_kernels.hopper.mosaic import (
     stage,
 )
 
-# Of a thread of the state warpgroups and of the helper, without and with log-decay. Three warpgroups start with 168.
-REGISTERS = (176, 152), (160, 184)
 # φ₁'(x) = -Σ (n+1)(-x)ⁿ/(n+2)!, exact to float32 for x < 1/2
 SLOPE = [-((-1.0) ** n) * (n + 1) / math.factorial(n + 2) for n in range(9)]
 
@@ -123,7 +119,8 @@ def backward(query, key, d_output, saved, vectors, documents, d_final, *, scale,
         d_decay_s=vector if summed else None,
         ends_s=vector if summed else None,
         whole_s=plgpu.SMEM((value_dim,), F32) if summed else None,
-        zero_s=plgpu.SMEM((CHUNK,), jnp.int32),
+        numbers_r=plgpu.SMEM((CHUNK,), jnp.int32),  # 0 … 63, to be read by rows and by columns
+        numbers_c=plgpu.SMEM((CHUNK,), jnp.int32),
         full=plgpu.Barrier(num_arrivals=len(copies)),
         scores_ready=plgpu.Barrier(),
         state_ready=plgpu.Barrier(num_arrivals=writers),
@@ -134,18 +131,16 @@ def backward(query, key, d_output, saved, vectors, documents, d_final, *, scale,
         **{f"state_stage_{w}": stage(dtype) for w in range(writers)},
     )
     config = SimpleNamespace(
-        chunks=chunks, group=heads // key_heads, key_dim=key_dim, value_dim=value_dim, writers=writers, parts=parts,
+        chunks=chunks, group=heads // key_heads, key_dim=key_dim, value_dim=value_dim, writers=writers, helpers=1,
+        parts=parts,
         dtype=dtype, scale=scale, tied=tied, masked=masked, decayed=decayed, summed=summed, exact=exact,
         given=d_final is not None, copies=tuple(copies),
     )  # fmt: skip
-    return launch("efla_backward", config, inputs, outputs, scratch, (batch, heads), _state, _helper)
+    return launch("efla_backward", config, inputs, outputs, scratch, (batch, heads, 1), _state, _helper)
 
 
 def _state(config, r, w):
     """One state warpgroup: columns 64w … 64w+63 of dS."""
-    if config.writers == 2:
-        state_registers = REGISTERS[config.summed][0]
-        plgpu.set_max_registers(state_registers, action="increase" if state_registers > 168 else "decrease")
     columns = pl.ds(w * 64, 64)
     staged = getattr(r, f"state_stage_{w}")
     shape = (64, config.key_dim)
@@ -156,18 +151,19 @@ def _state(config, r, w):
 
     def step(_, d_state):
         plgpu.barrier_wait(r.full)
+        s = _tiles(r)
         low = d_state.astype(config.dtype)
-        r.ds_s.at[r.first, columns][...] = (d_state * -1.0).astype(config.dtype)
+        s.ds_s.at[columns][...] = (d_state * -1.0).astype(config.dtype)
         plgpu.commit_smem()
         plgpu.barrier_arrive(r.state_ready)
-        d_update = matmul(low, r.k_s.at[r.first].T, SQUARE, staged=staged)
+        d_update = matmul(low, s.k_s.T, SQUARE, staged=staged)
         if config.decayed:
             d_update = d_update * per_column(plgpu.load(r.right_c, layout=COLS), SQUARE)
         plgpu.barrier_wait(r.scores_ready)
-        o_t = r.o_s.at[r.first, :, columns].T
-        d_update = matmul(o_t, r.p_s.at[r.first], SQUARE, init=d_update, staged=staged)
-        y = matmul(d_update.astype(config.dtype), r.t_s.at[r.first], SQUARE, staged=staged)
-        r.y_s.at[r.first, :, columns].T[...] = y.astype(config.dtype)
+        o_t = s.o_s.at[:, columns].T
+        d_update = matmul(o_t, s.p_s, SQUARE, init=d_update, staged=staged)
+        y = matmul(d_update.astype(config.dtype), s.t_s, SQUARE, staged=staged)
+        s.y_s.at[:, columns].T[...] = y.astype(config.dtype)
         plgpu.commit_smem()
         plgpu.barrier_arrive(r.y_ready)
         left = lambda: per_column(plgpu.load(r.left_c, layout=COLS), SQUARE)
@@ -179,21 +175,15 @@ def _state(config, r, w):
             o_t = (o_t * left() if config.decayed else o_t).astype(config.dtype)
         if config.decayed:
             d_state = d_state * r.left_c[CHUNK - 1]
-        new = matmul(
-            [o_t, x], [r.q_s.at[r.first], r.k_s.at[r.first]], shape, init=d_state,
-            staged=staged,
-        )  # fmt: skip
+        new = matmul([o_t, x], [s.q_s, s.k_s], shape, init=d_state, staged=staged)
         plgpu.barrier_arrive(r.inputs_free)
         return new
 
     r.d_initial.at[r.b, r.h, columns][...] = lax.fori_loop(0, config.chunks, step, d_state)
 
 
-def _helper(config, r):
+def _helper(config, r, _):
     """The helper warpgroup: copies, P, and everything that leaves the chunk but dS."""
-    if config.writers == 2:
-        helper_registers = REGISTERS[config.summed][1]
-        plgpu.set_max_registers(helper_registers, action="increase" if helper_registers > 168 else "decrease")
     head = lax.div(r.h, config.group)
     vectors = ("erase_c", "erase_r", "beta_r", "square_r", "left_c", "left_r", "right_c", "right_r", "sums_r", "sums_c")
 
@@ -214,7 +204,8 @@ def _helper(config, r):
             target = getattr(r, name)
             plgpu.copy_gmem_to_smem(source, target.at[r.first] if name in sources else target, r.full)
 
-    r.zero_s[...] = plgpu.layout_cast(jnp.zeros((CHUNK,), jnp.int32), ROWS)
+    r.numbers_r[...] = plgpu.broadcasted_iota(jnp.int32, (CHUNK,), 0, layout=ROWS)
+    r.numbers_c[...] = plgpu.broadcasted_iota(jnp.int32, (CHUNK,), 0, layout=COLS)
     load(config.chunks - 1 + r.first)
 
     def step(i, carry):
@@ -239,15 +230,15 @@ def _helper(config, r):
 def _tiles(r):
     """The tiles of shared memory, at addresses that the compiler cannot know to be the same as before: the operands'
     descriptors are then made where they are used. Known, all of them would be made once and kept in registers."""
-    zero = r.zero_s[0]
-    names = ("q_s", "k_s", "o_s", "u_s", "h_s", "y_s", "ds_s", "p_s", "dp_s")
+    zero = r.numbers_r[0]
+    names = ("q_s", "k_s", "o_s", "u_s", "h_s", "y_s", "ds_s", "t_s", "p_s", "dp_s")
     return SimpleNamespace(**{name: getattr(r, name).at[zero] for name in names})
 
 
 def _place(r):
-    """Row and column numbers of a square; not known to be the same as before, as above."""
-    zero = r.zero_s[0]
-    return iota(0) + zero, iota(1) + zero
+    """Row and column numbers of a square. Loaded: made from the thread's number, they would be kept in registers."""
+    rows, columns = plgpu.load(r.numbers_r, layout=ROWS), plgpu.load(r.numbers_c, layout=COLS)
+    return per_row(rows, SQUARE), per_column(columns, SQUARE)
 
 
 def _pairs(config, r, x, strict=False):
@@ -278,7 +269,6 @@ def _queries(config, r, n):
     d_scores = _pairs(config, r, d_scores) * config.scale
     d_scores_low = low(d_scores)
     s.dp_s[...] = low(d_scores * -1.0)
-    decay = None
     for part in range(config.parts):
         columns = pl.ds(part * 64, 64)
         s = _tiles(r)
@@ -292,10 +282,7 @@ def _queries(config, r, n):
             d_query = matmul([s.o_s, d_scores_low], [h_s, k_s], SQUARE, staged=staged)
         r.dq_s.at[part][...] = low(d_query)
         if config.summed:
-            dot = _row_dot(d_query, s.q_s.at[:, columns])
-            decay = dot if decay is None else decay + dot
-    if config.summed:
-        r.d_decay_s[...] = decay
+            _add(r.d_decay_s, _row_dot(d_query, s.q_s.at[:, columns]), first=part == 0)
     plgpu.commit_smem()
     for part in range(config.parts):
         target = r.d_query.at[r.b, pl.ds(n * CHUNK, CHUNK), r.h, pl.ds(part * 64, 64)]
@@ -310,7 +297,6 @@ def _keys(config, r, n):
     plgpu.barrier_wait(r.state_ready)
     plgpu.barrier_wait(r.y_ready)
     diagonal = None
-    erase_terms, decay_terms, end_terms = [], [], []
     if config.tied:
         d_erase = _values(config, r)  # and X in the place of Y
         if config.exact:
@@ -321,7 +307,7 @@ def _keys(config, r, n):
     z = _times_updates(config, r, s, s.y_s)  # X Uᵀ, untied Y Uᵀ
     if not config.tied:
         gram = _pairs(config, r, matmul(s.k_s, s.k_s.T, SQUARE, staged=staged), strict=True)
-        erase_terms.append(jnp.sum(gram * z, axis=1) * -1.0)
+        r.d_erase_s[...] = jnp.sum(gram * z, axis=1) * -1.0
         z = z * _rows(r.erase_r)
     z = _pairs(config, r, z, strict=True)
     if diagonal is not None:  # Z and Zᵀ both multiply K, so that the key's part in λ comes for free
@@ -330,8 +316,6 @@ def _keys(config, r, n):
     z_low = z.astype(config.dtype)
     s.p_s[...] = z_low
     plgpu.commit_smem()
-    if config.summed:
-        decay_terms.append(plgpu.load(r.d_decay_s, layout=ROWS))
     for part in range(config.parts):
         columns = pl.ds(part * 64, 64)
         s = _tiles(r)
@@ -341,7 +325,7 @@ def _keys(config, r, n):
         if config.decayed:
             recalled = recalled * _rows(r.left_r)
         if not config.tied:
-            erase_terms.append(_row_dot(recalled * -1.0, k_s))
+            _add(r.d_erase_s, _row_dot(recalled * -1.0, k_s))
             recalled = recalled * _rows(r.erase_r)
         before = matmul(z_low, k_s, SQUARE, init=recalled, staged=staged)
         stored = matmul(s.u_s, s.ds_s.at[:, columns], SQUARE, staged=staged)
@@ -349,16 +333,13 @@ def _keys(config, r, n):
             stored = stored * _rows(r.erase_r)
         if config.decayed:
             stored = stored * _rows(r.right_r)
+        if config.summed:
+            _add(r.ends_s, _row_dot(stored * -1.0, k_s), first=part == 0)
         after = matmul([s.dp_s.T, s.p_s.T], [q_s, k_s], SQUARE, init=stored, staged=staged)
         r.dk_s.at[part][...] = ((before + after) * -1.0).astype(config.dtype)
         if config.summed:
-            decay_terms.append(_row_dot(after - before, k_s))
-            end_terms.append(_row_dot(stored * -1.0, k_s))
-    if not config.tied:
-        r.d_erase_s[...] = _total(erase_terms)
+            _add(r.d_decay_s, _row_dot(after - before, k_s))
     if config.summed:
-        r.d_decay_s[...] = _total(decay_terms)
-        r.ends_s[...] = _total(end_terms)
         _whole(config, r)
     plgpu.commit_smem()
     plgpu.copy_smem_to_gmem(r.y_s.at[r.first], r.d_value.at[r.b, rows, r.h], commit_group=False)
@@ -392,8 +373,10 @@ def _rows(ref):
     return per_row(plgpu.load(ref, layout=ROWS), SQUARE)
 
 
-def _total(terms):
-    return functools.reduce(operator.add, terms)
+def _add(ref, term, first=False):
+    """ref += term, or = if first, for a vector of shared memory. The compiler does not put off a store; a sum kept in
+    registers it works out where it is used, keeping until then the tiles that it is made of."""
+    ref[...] = term if first else plgpu.load(ref, layout=ROWS) + term
 
 
 def _row_dot(x, ref):

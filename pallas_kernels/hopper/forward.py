@@ -3,10 +3,11 @@
 One block of threads walks the chunks of one sequence and value head. With the docstring of `efla_jax.ops.chunkwise`,
 a = decay from the chunk's start, e = decay to its end, d = decay of the whole chunk:
 
-- the helper warpgroup issues all copies and works one chunk ahead: K Kᵀ, the triangular inverse, P = tril(D∘Q Kᵀ);
+- the helper warpgroups issue all copies and work ahead, each on a chunk of its own: K Kᵀ, the triangular inverse,
+  P = tril(D∘Q Kᵀ). One chunk takes a helper far longer than the state warpgroups; several of them keep up;
 - each state warpgroup holds 64 columns of the state as Sᵀ [64, K] in registers and chains the products with the left
-  operand in registers: Rᵀ from Sᵀ Kᵀ, then Uᵀ, Sᵀ ← d Sᵀ + (e∘U)ᵀ K, Oᵀ = a∘Sᵀ Qᵀ + Uᵀ Pᵀ. Warpgroups of one head
-  share nothing but what the helper made.
+  operand in registers: Rᵀ from Sᵀ Kᵀ, then Uᵀ, Oᵀ = a∘Sᵀ Qᵀ + Uᵀ Pᵀ, Sᵀ ← d Sᵀ + (e∘U)ᵀ K. Warpgroups of one head
+  share nothing but what the helpers made; where heads are few, they are in blocks of their own.
 
 Where erase and write are the same number c per token ("tied": every rule but the exact one with decay) the kernel
 solves for the prediction error E = V - a∘K S - M U, which is what the backward pass wants, and U = c∘E:
@@ -25,27 +26,40 @@ import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax import lax
 
-from pallas_kernels.hopper.inverse import BLOCK, ERASE, ZEROS, place, write_inverse
+from pallas_kernels.hopper.inverse import BLOCK, fresh, place, write_inverse
 from pallas_kernels.hopper.mosaic import (
     CHUNK,
     COLS,
     F32,
+    PROCESSORS,
     ROWS,
     SQUARE,
     TILE,
+    Ring,
     iota,
     launch,
     matmul,
     per_column,
     per_row,
+    set_registers,
     smem,
     stage,
 )
 
-KEY_SLOTS = 3  # chunks of q, k: one in the state warpgroups, one in the helper, one on its way, if there is room
-VALUE_SLOTS = 2  # also of what the helper makes
-# Of the 168 registers a thread that three warpgroups start with.
-STATE_REGISTERS, HELPER_REGISTERS = 184, 136
+
+def _crew(writers, key_dim, save, decayed):
+    """Helpers, and the registers of a thread of state warpgroups and of helpers; None for as many as a launch gives.
+
+    As many helpers as shared memory and registers hold. A launch gives 168 to each of three warpgroups, 128 of four.
+    """
+    if writers == 1:
+        helpers = 2 if save else 3
+        return helpers, (176, 112) if key_dim == 128 and helpers == 3 else None
+    if key_dim == 64:
+        return 2, (136, 120)
+    if save or decayed:
+        return 1, (176, 152) if save else (184, 136)
+    return 2, (168, 88)
 
 
 def forward(key, query, value, vectors, documents, initial, *, scale, tied, save, exact=False):
@@ -69,7 +83,9 @@ def forward(key, query, value, vectors, documents, initial, *, scale, tied, save
     batch, length, key_heads, key_dim = key.shape
     heads, value_dim = value.shape[2:]
     chunks = pl.cdiv(length, CHUNK)
-    writers = value_dim // 64
+    splits = value_dim // 64 if batch * heads * (value_dim // 64) <= PROCESSORS else 1
+    writers = value_dim // 64 // splits
+    helpers, registers = _crew(writers, key_dim, save, "left" in vectors)
     dtype = value.dtype
     masked = documents is not None
     inputs = dict(query=query, key=key, value=value, **{f"{name}_v": x for name, x in vectors.items()})
@@ -90,74 +106,84 @@ def forward(key, query, value, vectors, documents, initial, *, scale, tied, save
     if save and exact:
         per_token = jax.ShapeDtypeStruct((batch, heads, chunks * CHUNK), F32)
         outputs |= dict(erase=per_token, square=per_token)
-    full = save and tied and key_dim + value_dim == 256  # shared memory is
     decayed = "left" in vectors
     summed = "sums" in vectors
-    slots = KEY_SLOTS - (full and summed)
-    vector = plgpu.SMEM((slots, CHUNK), F32)
+    keys = Ring.of("keys", helpers + 2, helpers)  # one in the state warpgroups, one in each helper, one on its way
+    queries, values = Ring.of("queries", 2, helpers), Ring.of("values", 2, helpers)
+    products = Ring.of("products", max(helpers, 2), helpers)
+    crowded = key_dim == 128 and (writers == 1 or save)  # shared memory is
+    vector = plgpu.SMEM((keys.slots, CHUNK), F32)
     scratch = dict(
-        q_s=smem((slots, CHUNK, key_dim), dtype),
-        k_s=smem((slots, CHUNK, key_dim), dtype),
-        v_s=smem((VALUE_SLOTS, CHUNK, value_dim), dtype),
-        solve_s=smem((2, CHUNK // BLOCK, CHUNK, BLOCK), dtype),
-        scores_s=smem((2, *SQUARE), dtype),
-        cosines_s=smem((CHUNK // BLOCK, CHUNK, BLOCK), jnp.float16) if save and tied else None,
-        inverse_s=smem((CHUNK // BLOCK, CHUNK, BLOCK), dtype) if save and tied else None,
-        ladder_s=smem((3, CHUNK, BLOCK), jnp.float16),
-        corner_s=smem((2, CHUNK, BLOCK), jnp.float16),
+        k_s=smem((keys.slots, CHUNK, key_dim), dtype),
+        q_s=smem((queries.slots, CHUNK, key_dim), dtype),
+        v_s=smem((values.slots, CHUNK, 64 * writers), dtype),
+        solve_s=smem((products.slots, CHUNK // BLOCK, CHUNK, BLOCK), dtype),
+        scores_s=smem((products.slots, *SQUARE), dtype),
+        erase_s=plgpu.SMEM((products.slots, CHUNK), F32),
         stage_s=smem((writers, 2 if save else 1, *SQUARE), dtype),
         gain_s=vector,
-        square_s=plgpu.SMEM((CHUNK,), F32) if save and exact else None,
-        causal_s=None if decayed or full else smem(SQUARE, dtype),  # 1 on and below the diagonal
-        # of each key: norm, one over it, that times cλ, one over cλ; zeros; erase of two chunks
-        numbers_s=plgpu.SMEM((7, CHUNK), F32),
+        causal_s=None if decayed or crowded else smem(SQUARE, dtype),  # 1 on and below the diagonal
         left_s=vector if decayed else None,
         right_s=vector if decayed else None,
         # a copy to be read by rows and one by columns: of one, the compiler finds no layout in reasonable time
         sums_r=vector if summed else None,
         sums_c=vector if summed else None,
-        documents_r=plgpu.SMEM((slots, CHUNK), jnp.int32) if masked else None,
-        documents_c=plgpu.SMEM((slots, CHUNK), jnp.int32) if masked else None,
-        keys_full=plgpu.Barrier(num_arrivals=3 + 2 * decayed + 2 * summed + 2 * masked, num_barriers=slots),
-        keys_free=plgpu.Barrier(num_arrivals=writers, num_barriers=slots),
-        values_full=plgpu.Barrier(num_barriers=VALUE_SLOTS),
-        values_free=plgpu.Barrier(num_arrivals=writers, num_barriers=VALUE_SLOTS),
-        squares_full=plgpu.Barrier(num_barriers=2),
-        squares_free=plgpu.Barrier(num_arrivals=writers, num_barriers=2),
-        done=plgpu.Barrier(num_arrivals=writers + 1),
-        helper_stage=stage(jnp.float16),
+        documents_r=plgpu.SMEM((keys.slots, CHUNK), jnp.int32) if masked else None,
+        documents_c=plgpu.SMEM((keys.slots, CHUNK), jnp.int32) if masked else None,
+        numbers_r=plgpu.SMEM((CHUNK,), jnp.int32),  # 0 … 63, to be read by rows and by columns
+        numbers_c=plgpu.SMEM((CHUNK,), jnp.int32),
+        done=plgpu.Barrier(num_arrivals=writers + helpers),
+        **keys.barriers(2 + 2 * decayed + 2 * summed + 2 * masked, writers),
+        **queries.barriers(1, writers),
+        **values.barriers(1, writers),
+        **products.barriers(1, writers),
         **{f"state_stage_{w}": stage(dtype) for w in range(writers)},
+        **{f"scale_s_{w}": plgpu.SMEM((CHUNK,), F32) for w in range(writers)},
     )
+    own = dict(  # of each helper
+        cosines_s=smem((CHUNK // BLOCK, CHUNK, BLOCK), jnp.float16) if save and tied else None,
+        inverse_s=smem((CHUNK // BLOCK, CHUNK, BLOCK), dtype) if save and tied else None,
+        ladder_s=smem((3, CHUNK, BLOCK), jnp.float16),
+        corner_s=smem((2, CHUNK, BLOCK), jnp.float16),
+        square_s=plgpu.SMEM((CHUNK,), F32) if save and exact else None,
+        keys_s=plgpu.SMEM((4, CHUNK), F32),  # of each key: norm, one over it, that times cλ, one over cλ
+        helper_stage=stage(jnp.float16),
+    )
+    scratch |= {f"{name}_{i}": ref for name, ref in own.items() for i in range(helpers)}
     config = SimpleNamespace(
-        chunks=chunks, group=heads // key_heads, key_dim=key_dim, writers=writers, dtype=dtype, scale=scale, tied=tied,
-        save=save, masked=masked, decayed=decayed, summed=summed, initial=initial is not None, exact=exact, slots=slots,
+        chunks=chunks, group=heads // key_heads, key_dim=key_dim, writers=writers, helpers=helpers, dtype=dtype,
+        scale=scale, tied=tied, save=save, masked=masked, decayed=decayed, summed=summed, initial=initial is not None,
+        exact=exact, keys=keys, queries=queries, values=values, products=products, own=tuple(own),
+        registers=registers,
     )  # fmt: skip
-    return launch("efla_forward", config, inputs, outputs, scratch, (batch, heads), _state, _helper)
+    return launch("efla_forward", config, inputs, outputs, scratch, (batch, heads, splits), _state, _helper)
 
 
 def _state(config, r, w):
-    """One state warpgroup: columns 64w … 64w+63 of the state."""
-    if config.writers == 2:
-        plgpu.set_max_registers(STATE_REGISTERS, action="increase")
-    columns = pl.ds(w * 64, 64)
+    """One state warpgroup: columns 64w … 64w+63 of the block's part of the state."""
+    set_registers(config.registers and config.registers[0], config.writers + config.helpers)
+    columns = pl.ds((r.c * config.writers + w) * 64, 64)
+    own = pl.ds(w * 64, 64)
     staged = getattr(r, f"state_stage_{w}")
     shape = (64, config.key_dim)
+    keys, queries, values, products = config.keys, config.queries, config.values, config.products
     if config.initial:
         state = plgpu.load(r.initial.at[r.b, r.h, columns], layout=TILE, optimized=False)
     else:
         state = plgpu.layout_cast(jnp.zeros(shape, F32), TILE)
+    scale_s = getattr(r, f"scale_s_{w}")
+    scale_s[...] = plgpu.layout_cast(jnp.full((CHUNK,), config.scale, F32), ROWS)
+    plgpu.commit_smem()
 
-    def step(n, carry):
-        state, slot = carry
-        half, vslot = n & 1, n & 1
-        k_s, q_s = r.k_s.at[slot], r.q_s.at[slot]
+    def step(n, state):
+        slot, made = keys.place(n), products.place(n)
+        k_s, q_s, v_s = r.k_s.at[slot], r.q_s.at[queries.place(n)], r.v_s.at[values.place(n), :, own]
         rows = pl.ds(n * CHUNK, CHUNK)
-        plgpu.barrier_wait(r.keys_full.at[slot])
-        low = state.astype(config.dtype)
+        plgpu.barrier_wait(keys.full(r, n))
         if config.save:
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)
             for part in range(config.key_dim // 64):
-                r.stage_s.at[w, part][...] = low[:, part * 64 : (part + 1) * 64]
+                r.stage_s.at[w, part][...] = state[:, part * 64 : (part + 1) * 64].astype(config.dtype)
             plgpu.commit_smem()
             for part in range(config.key_dim // 64):
                 plgpu.copy_smem_to_gmem(
@@ -166,73 +192,90 @@ def _state(config, r, w):
             plgpu.commit_smem_to_gmem_group()
         left = lambda: per_column(plgpu.load(r.left_s.at[slot], layout=COLS), SQUARE)
 
-        rest = matmul(low, k_s.T, SQUARE, staged=staged)
+        state, rest = _recall(config, r, w, state, k_s)
         if config.decayed:
             rest = rest * left()
-        erase = lambda: per_column(plgpu.load(r.numbers_s.at[ERASE + half], layout=COLS), SQUARE)
+        erase = lambda: per_column(plgpu.load(r.erase_s.at[made], layout=COLS), SQUARE)
         if not config.tied:
-            plgpu.barrier_wait(r.squares_full.at[half])
+            plgpu.barrier_wait(products.full(r, n))
             rest = rest * erase()
-        plgpu.barrier_wait(r.values_full.at[vslot])
-        rest = plgpu.load(r.v_s.at[vslot, :, columns].T, layout=TILE).astype(F32) - rest
-        plgpu.barrier_arrive(r.values_free.at[vslot])
+        plgpu.barrier_wait(values.full(r, n))
+        rest = plgpu.load(v_s.T, layout=TILE).astype(F32) - rest
+        plgpu.barrier_arrive(values.free(r, n))
         if config.tied:
-            plgpu.barrier_wait(r.squares_full.at[half])
+            plgpu.barrier_wait(products.full(r, n))
         rest = rest.astype(config.dtype)
         blocks = range(CHUNK // BLOCK)
         solved = matmul(
-            [rest[:, i * BLOCK : (i + 1) * BLOCK] for i in blocks], [r.solve_s.at[half, i].T for i in blocks],
+            [rest[:, i * BLOCK : (i + 1) * BLOCK] for i in blocks], [r.solve_s.at[made, i].T for i in blocks],
             SQUARE, staged=staged,
         )  # fmt: skip
-        if config.save:  # the state has left the stage long ago
-            plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-            r.stage_s.at[w, 1].T[...] = solved.astype(config.dtype)
         update = solved
         if config.tied:
             update = solved * erase()
-        update_low = update.astype(config.dtype)
+        solved_low, update_low = solved.astype(config.dtype), update.astype(config.dtype)
         left_over = update_low  # what of it is there at the chunk's end
         if config.decayed:
             right = per_column(plgpu.load(r.right_s.at[slot], layout=COLS), SQUARE)
             left_over = (update * right).astype(config.dtype)
-        # The state is rounded again: kept since above, it would take 32 registers.
-        state, update_low, left_over = lax.optimization_barrier((state, update_low, left_over))
-        low, scores = state.astype(config.dtype), r.scores_s.at[half].T
+        plgpu.barrier_wait(queries.full(r, n))
+        state, solved_low, update_low, left_over = lax.optimization_barrier((state, solved_low, update_low, left_over))
+        state, out = _recall(config, r, w, state, q_s, scale_s[0])
         if config.decayed:
-            out = matmul(low, q_s.T, SQUARE, staged=staged) * left()
-            out = matmul(update_low, scores, SQUARE, init=out, staged=staged)
-        else:
-            out = matmul([low, update_low], [q_s.T, scores], SQUARE, staged=staged)
-        plgpu.barrier_arrive(r.squares_free.at[half])
+            out = out * left()
+        out = matmul(update_low, r.scores_s.at[made].T, SQUARE, init=out, staged=staged)
+        plgpu.barrier_arrive(products.free(r, n))
+        plgpu.barrier_arrive(queries.free(r, n))
         if config.decayed:
             state = state * r.left_s[slot, CHUNK - 1]
         new = matmul(left_over, k_s, shape, init=state, staged=staged)
-        plgpu.barrier_arrive(r.keys_free.at[slot])
-        if not config.save:
-            plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-        r.stage_s.at[w, 0].T[...] = (out * config.scale).astype(config.dtype)
+        plgpu.barrier_arrive(keys.free(r, n))
+        plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+        r.stage_s.at[w, 0].T[...] = out.astype(config.dtype)
+        if config.save:
+            r.stage_s.at[w, 1].T[...] = solved_low
         plgpu.commit_smem()
         plgpu.copy_smem_to_gmem(r.stage_s.at[w, 0], r.output.at[r.b, rows, r.h, columns], commit_group=False)
         if config.save:
             plgpu.copy_smem_to_gmem(r.stage_s.at[w, 1], r.solved.at[r.b, rows, r.h, columns], commit_group=False)
         plgpu.commit_smem_to_gmem_group()
-        return new, _next(config, slot)
+        return new
 
-    state, _ = lax.fori_loop(0, config.chunks, step, (state, r.first))
+    state = lax.fori_loop(0, config.chunks, step, state)
     r.final.at[r.b, r.h, columns][...] = state
     plgpu.wait_smem_to_gmem(0)
 
 
-def _helper(config, r):
-    """The helper warpgroup: copies, the inverse and the scores, one chunk ahead of the state."""
-    if config.writers == 2:
-        plgpu.set_max_registers(HELPER_REGISTERS, action="decrease")
-    head = lax.div(r.h, config.group)
+def _recall(config, r, w, state, tokens, scale=None):
+    """The state as given, and (scale) Sᵀ tokensᵀ; save: the stage holds the state, unscaled.
 
-    def load_keys(n, slot):
-        rows, bar = pl.ds(n * CHUNK, CHUNK), r.keys_full.at[slot]
-        plgpu.commit_smem()  # what read this slot is done before the copy, which is another proxy, writes it
-        plgpu.copy_gmem_to_smem(r.query.at[r.b, rows, head], r.q_s.at[slot], bar)
+    In registers the state is rounded half by half, and again each time: what is kept takes registers. With a scale that
+    the compiler does not know it cannot keep it.
+    """
+    staged, parts = getattr(r, f"state_stage_{w}"), range(config.key_dim // 64)
+    pieces = [tokens.at[:, pl.ds(part * 64, 64)].T for part in parts]
+    if config.save:
+        out = matmul([r.stage_s.at[w, part] for part in parts], pieces, SQUARE, staged=staged)
+        return state, out if scale is None or config.scale == 1 else out * config.scale
+    out = None
+    for part in parts:
+        low = state[:, part * 64 : (part + 1) * 64]
+        low = (low if scale is None else low * scale).astype(config.dtype)
+        out = matmul(low, pieces[part], SQUARE, init=out, staged=staged)
+        state, out = lax.optimization_barrier((state, out))
+    return state, out
+
+
+def _helper(config, r, i):
+    """A helper warpgroup: copies, the inverse and the scores of chunks i, i + helpers, …, ahead of the state."""
+    set_registers(config.registers and config.registers[1], config.writers + config.helpers)
+    own = {name: getattr(r, f"{name}_{i}") for name in config.own}
+    r = SimpleNamespace(**r.__dict__ | own)
+    head = lax.div(r.h, config.group)
+    keys, queries, values, products = config.keys, config.queries, config.values, config.products
+
+    def load_keys(n):
+        rows, slot, bar = pl.ds(n * CHUNK, CHUNK), keys.place(n), keys.full(r, n)
         plgpu.copy_gmem_to_smem(r.key.at[r.b, rows, head], r.k_s.at[slot], bar)
         for name in ("gain_s", "left_s", "right_s", "sums_r", "sums_c"):
             target = getattr(r, name)
@@ -243,73 +286,93 @@ def _helper(config, r):
             for target in (r.documents_r, r.documents_c):
                 plgpu.copy_gmem_to_smem(r.documents.at[r.b, rows], target.at[slot], bar)
 
-    def load_values(n):
-        slot = n & 1
+    def load_queries(n):
         rows = pl.ds(n * CHUNK, CHUNK)
+        plgpu.copy_gmem_to_smem(r.query.at[r.b, rows, head], r.q_s.at[queries.place(n)], queries.full(r, n))
+
+    def load_values(n):
+        rows, columns = pl.ds(n * CHUNK, CHUNK), pl.ds(r.c * config.writers * 64, config.writers * 64)
+        plgpu.copy_gmem_to_smem(r.value.at[r.b, rows, r.h, columns], r.v_s.at[values.place(n)], values.full(r, n))
+
+    loads = (values, load_values), (queries, load_queries), (keys, load_keys)
+
+    def recycle(n):
+        """The places of chunk n, one of its own, to later chunks."""
+        for ring, load in loads:
+            plgpu.barrier_wait(ring.free(r, n))
+            plgpu.commit_smem()  # what read the place is done before the copy, which is another proxy, writes it
+            pl.when(n + ring.slots < config.chunks)(lambda ring=ring, load=load: load(n + ring.slots))
+
+    if i == 0:
+        # before the copies, after which the other helpers wait
+        r.numbers_r[...] = plgpu.broadcasted_iota(jnp.int32, (CHUNK,), 0, layout=ROWS)
+        r.numbers_c[...] = plgpu.broadcasted_iota(jnp.int32, (CHUNK,), 0, layout=COLS)
+        if r.causal_s is not None:
+            r.causal_s[...] = jnp.where(iota(0) >= iota(1), 1.0, 0.0).astype(config.dtype)
         plgpu.commit_smem()
-        plgpu.copy_gmem_to_smem(r.value.at[r.b, rows, r.h], r.v_s.at[slot], r.values_full.at[slot])
+        for n in range(min(keys.slots, config.chunks)):
+            for ring, load in loads[::-1]:
+                if n < ring.slots:
+                    load(r.first + n)
 
-    load_keys(r.first, r.first)
-    load_values(r.first)
-    r.numbers_s.at[ZEROS][...] = plgpu.layout_cast(jnp.zeros((CHUNK,), F32), ROWS)
-    if r.causal_s is not None:
-        r.causal_s[...] = jnp.where(iota(0) >= iota(1), 1.0, 0.0).astype(config.dtype)
-    plgpu.commit_smem()
+    def step(turn, carry):
+        n = turn * config.helpers + i
+        anew = lambda: n + fresh(r)  # what is derived from it is made where it is used
+        plgpu.barrier_wait(keys.full(r, n))
 
-    def step(n, slot):
-        half, following = n & 1, _next(config, slot)
+        def midway():
+            n = anew()
+            pl.when(n >= config.helpers)(lambda: recycle(n - config.helpers))
+            pl.when(n >= products.slots)(lambda: plgpu.barrier_wait(products.free(r, n - products.slots)))
 
-        @pl.when(n + 1 < config.chunks)
-        def _():
-            pl.when(n + 1 >= config.slots)(lambda: plgpu.barrier_wait(r.keys_free.at[following]))
-            load_keys(n + 1, following)
-
-        plgpu.barrier_wait(r.keys_full.at[slot])
-        decay = _decay(config, r, slot)
-        scores = matmul(r.q_s.at[slot], r.k_s.at[slot].T, SQUARE)
-        pl.when(n >= 2)(lambda: plgpu.barrier_wait(r.squares_free.at[half]))
-        if decay is not None:
-            scores = (scores * decay).astype(config.dtype)
-        elif r.causal_s is not None:  # a product with 0 and 1, two numbers at once, is cheaper than a choice
-            scores = scores.astype(config.dtype) * plgpu.load(r.causal_s, layout=TILE)
-        else:
-            row, column = place(r)
-            scores = lax.optimization_barrier(jnp.where(row >= column, scores, 0.0)).astype(config.dtype)
-        r.scores_s.at[half][...] = scores
-        write_inverse(config, r, slot, half, decay)
-        if config.save:
-            plgpu.commit_smem()
-            for i in range(CHUNK // BLOCK):
-                source = r.inverse_s.at[i] if config.tied else r.solve_s.at[half, i]
-                plgpu.copy_smem_to_gmem(
-                    source, r.inverse.at[r.b, r.h, n, :, pl.ds(i * BLOCK, BLOCK)], commit_group=False
-                )
-            if config.exact:
-                tokens = r.b, r.h, pl.ds(n * CHUNK, CHUNK)
-                plgpu.copy_smem_to_gmem(r.numbers_s.at[ERASE + half], r.erase.at[tokens], commit_group=False)
-                plgpu.copy_smem_to_gmem(r.square_s, r.square.at[tokens], commit_group=False)
-            plgpu.commit_smem_to_gmem_group()
+        slot = keys.place(n)
+        write_inverse(config, r, slot, lambda: products.place(anew()), _decay(config, r, slot), midway)
+        _write_scores(config, r, anew())
+        if config.save:  # one of the blocks of a head does
+            pl.when(r.c == 0)(lambda: _save(config, r, anew()))
         plgpu.commit_smem()
-        plgpu.barrier_arrive(r.squares_full.at[half])
+        plgpu.barrier_arrive(products.full(r, anew()))
+        return carry
 
-        @pl.when(n + 1 < config.chunks)
-        def _():
-            pl.when(n + 1 >= VALUE_SLOTS)(lambda: plgpu.barrier_wait(r.values_free.at[(n + 1) & 1]))
-            load_values(n + 1)
-
-        return following
-
-    lax.fori_loop(0, config.chunks, step, r.first)
-    for n in range(max(config.chunks - config.slots, 0), config.chunks):  # every phase must be seen to end
-        plgpu.barrier_wait(r.keys_free.at[n % config.slots])
-    for n in range(max(config.chunks - 2, 0), config.chunks):
-        plgpu.barrier_wait(r.values_free.at[n % VALUE_SLOTS])
-        plgpu.barrier_wait(r.squares_free.at[n % 2])
+    turns = len(range(i, config.chunks, config.helpers))
+    lax.fori_loop(0, turns, step, None)
+    if turns:
+        last = fresh(r) + (i + (turns - 1) * config.helpers)
+        recycle(last)
+        for before in range(min(turns, products.slots // config.helpers))[::-1]:
+            plgpu.barrier_wait(products.free(r, last - before * config.helpers))
     plgpu.wait_smem_to_gmem(0)
 
 
-def _next(config, slot):
-    return jnp.where(slot == config.slots - 1, 0, slot + 1)
+def _write_scores(config, r, n):
+    slot = config.keys.place(n)
+    plgpu.barrier_wait(config.queries.full(r, n))
+    scores = matmul(r.q_s.at[config.queries.place(n)], r.k_s.at[slot].T, SQUARE)
+    if config.scale != 1:
+        scores = scores * config.scale
+    decay = _decay(config, r, slot)
+    if decay is not None:
+        scores = (scores * decay).astype(config.dtype)
+    elif r.causal_s is not None:  # a product with 0 and 1, two numbers at once, is cheaper than a choice
+        scores = scores.astype(config.dtype) * plgpu.load(r.causal_s, layout=TILE)
+    else:
+        row, column = place(r)
+        scores = lax.optimization_barrier(jnp.where(row >= column, scores, 0.0)).astype(config.dtype)
+    r.scores_s.at[config.products.place(n)][...] = scores
+
+
+def _save(config, r, n):
+    """The inverse and the numbers for the backward pass, to device memory."""
+    made = config.products.place(n)
+    plgpu.commit_smem()
+    for i in range(CHUNK // BLOCK):
+        source = r.inverse_s.at[i] if config.tied else r.solve_s.at[made, i]
+        plgpu.copy_smem_to_gmem(source, r.inverse.at[r.b, r.h, n, :, pl.ds(i * BLOCK, BLOCK)], commit_group=False)
+    if config.exact:
+        tokens = r.b, r.h, pl.ds(n * CHUNK, CHUNK)
+        plgpu.copy_smem_to_gmem(r.erase_s.at[made], r.erase.at[tokens], commit_group=False)
+        plgpu.copy_smem_to_gmem(r.square_s, r.square.at[tokens], commit_group=False)
+    plgpu.commit_smem_to_gmem_group()
 
 
 def _decay(config, r, slot):

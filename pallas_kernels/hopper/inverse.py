@@ -10,31 +10,32 @@ import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax import lax
 
-from pallas_kernels.hopper.mosaic import CHUNK, COLS, ROWS, SQUARE, iota, matmul, per_column, per_row
+from pallas_kernels.hopper.mosaic import CHUNK, COLS, ROWS, SQUARE, matmul, per_column, per_row
 
 BLOCK = 16
-ZEROS, ERASE = 4, 5  # rows of numbers_s
 STRONG = 1 / 32  # of cλ, see write_inverse
 
 
 def fresh(r):
     """A zero that the compiler cannot know. Masks and addresses made from it live only where they are used; else they
     would be made once, before the loop, and take the tiles' registers."""
-    return r.numbers_s[ZEROS, 0].astype(jnp.int32)
+    return r.numbers_r[0]
 
 
 def place(r, columns=CHUNK):
-    """Row and column numbers of a tile."""
-    zero = fresh(r)
-    return iota(0, columns) + zero, iota(1, columns) + zero
+    """Row and column numbers of a tile. Loaded: made from the thread's number, they would be kept in registers."""
+    shape = (CHUNK, columns)
+    rows = plgpu.load(r.numbers_r, layout=ROWS)
+    return per_row(rows, shape), per_column(plgpu.load(r.numbers_c, layout=COLS)[:columns], shape)
 
 
-def write_inverse(config, r, slot, half, decay):
+def write_inverse(config, r, slot, made, decay, midway):
     """Writes what the state warpgroups solve with, and (saved, tied) the inverse of I + diag(c) M, in blocks [C, 16].
 
     With W = (I + M diag(c))⁻¹ the latter is both c W c⁻¹ and I - c W M. The first keeps every entry's precision (keys
     that repeat make small ones), but W, in float16, says little of columns of small cλ; there the second is taken.
     Values per column are read from shared memory where they are used: kept, they would take the tiles' registers.
+    midway() is called before anything is written that the state warpgroups read, when few registers are in use.
     """
     if config.save:
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # what the chunk before left here has been copied
@@ -51,12 +52,11 @@ def write_inverse(config, r, slot, half, decay):
     if config.tied and config.save:
         columns.append(jnp.where(strength > STRONG, 1 / jnp.where(strength > STRONG, strength, 1.0), 0.0))
     for i, values in enumerate(columns):
-        r.numbers_s.at[fresh(r) + i][...] = values
-    r.numbers_s.at[ERASE + half][...] = erase
+        r.keys_s.at[fresh(r) + i][...] = values
     if config.save and config.exact:
         r.square_s[...] = square
     plgpu.commit_smem()
-    numbers = lambda i: plgpu.load(r.numbers_s.at[fresh(r) + i], layout=COLS)
+    numbers = lambda i: plgpu.load(r.keys_s.at[fresh(r) + i], layout=COLS)
     if decay is not None:
         gram = gram * decay
     if config.tied and config.save:
@@ -67,12 +67,13 @@ def write_inverse(config, r, slot, half, decay):
             r.cosines_s.at[fresh(r) + i][...] = strict[:, i * BLOCK : (i + 1) * BLOCK]
     rows = inverse_norm if config.tied else inverse_norm * strength
     lower = gram * (per_row(rows, SQUARE) * per_column(numbers(2), SQUARE))
-    x = _ladder(r, lower)
+    x = _ladder(r, lower, midway)
+    r.erase_s.at[made()][...] = erase
     shape = (CHUNK, BLOCK)
     over = lambda which, i: per_column(numbers(which)[i * BLOCK : (i + 1) * BLOCK], shape)
     before, after = (norm, 1) if config.tied else (inverse_norm, 0)
     for i, block in enumerate(x):
-        r.solve_s.at[half, i][...] = (block * (per_row(before, shape) * over(after, i))).astype(config.dtype)
+        r.solve_s.at[made(), i][...] = (block * (per_row(before, shape) * over(after, i))).astype(config.dtype)
     if not (config.tied and config.save):
         return
     low = [block.astype(jnp.float16) for block in x]
@@ -103,7 +104,7 @@ def _diagonal(tile, row):
     return jnp.where(block < 2, upper, jnp.where(block == 2, tile[:, 32:48], tile[:, 48:]))
 
 
-def _ladder(r, lower):
+def _ladder(r, lower, midway):
     """The inverse of I + tril(lower, -1) [C, C], float16 products: four column blocks [C, 16] float32.
 
     While it is block diagonal, its blocks lie one below the other in one [C, 16] tile: a quarter of the registers.
@@ -135,6 +136,7 @@ def _ladder(r, lower):
         merged = apply(_half(apply(low, tile(0), range(4))), tile(2), range(4))
         row, column = place(r, BLOCK)
         x = jnp.where((((row & 15) ^ column) >> level) == 1, merged * -1.0, x)
+    midway()
     low = _half(x)
     tile(2)[...] = low
     plgpu.commit_smem()

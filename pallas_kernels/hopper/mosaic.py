@@ -5,6 +5,7 @@ accumulator; ROWS and COLS are its reductions, one value per row or per column.
 """
 
 from types import SimpleNamespace
+from typing import NamedTuple
 
 import jax
 import jax.experimental.pallas as pl
@@ -15,6 +16,7 @@ from jax.extend.core import Primitive
 from jax.interpreters import mlir
 
 CHUNK = 64
+PROCESSORS = 132  # of an H100 or H200; a block of threads has one to itself
 SQUARE = (CHUNK, CHUNK)
 F32 = jnp.float32
 TILE = plgpu.Layout.WGMMA
@@ -107,11 +109,54 @@ def store(ref, value):
         ref[...] = value
 
 
+class Ring(NamedTuple):
+    """`slots` places in shared memory through which the chunks pass: chunk n has place n % slots, barriers n % turns.
+
+    Of a barrier, a warpgroup must wait for all phases or for none. Helper i waits for chunks i, i + helpers, …; so
+    turns is a multiple of the helpers. Who waits until the place of chunk n is free then sends for chunk n + slots.
+    """
+
+    name: str
+    slots: int
+    turns: int
+
+    @classmethod
+    def of(cls, name, slots, helpers):
+        return cls(name, slots, -(-slots // helpers) * helpers)
+
+    def barriers(self, arrivals, writers):
+        return {
+            f"{self.name}_full": plgpu.Barrier(num_arrivals=arrivals, num_barriers=self.turns),
+            f"{self.name}_free": plgpu.Barrier(num_arrivals=writers, num_barriers=self.turns),
+        }
+
+    def place(self, n):
+        return _modulo(n, self.slots)
+
+    def full(self, r, n):
+        return getattr(r, f"{self.name}_full").at[_modulo(n, self.turns)]
+
+    def free(self, r, n):
+        return getattr(r, f"{self.name}_free").at[_modulo(n, self.turns)]
+
+
+def set_registers(registers, warpgroups):
+    """Of a thread of the calling warpgroup, in place of what the launch gave; None keeps that."""
+    given = 65536 // (128 * warpgroups) // 8 * 8
+    if registers not in (None, given):
+        plgpu.set_max_registers(registers, action="increase" if registers > given else "decrease")
+
+
+def _modulo(n, count):
+    return n & (count - 1) if count & (count - 1) == 0 else lax.rem(n, jnp.int32(count))
+
+
 def launch(name, config, inputs, outputs, scratch, grid, state, helper):
-    """Runs a kernel of config.writers state warpgroups, state(config, r, w), and one helper, helper(config, r).
+    """Runs a kernel of config.writers state warpgroups, state(config, r, w), and config.helpers helper(config, r, i).
 
     inputs, outputs (shapes) and scratch map the names that refs have in r; scratch that is None is absent, and None in
-    r too. r.b, r.h: the block's place in the grid. Indices are 32 bits wide, also where a program has enabled x64.
+    r too. r.b, r.h, r.c: the block's place in the grid, the last of which splits the columns of the state. Indices are
+    32 bits wide, also where a program has enabled x64.
 
     Returns: name -> array, of outputs.
     """
@@ -120,12 +165,13 @@ def launch(name, config, inputs, outputs, scratch, grid, state, helper):
     def body(*refs, **scratch_refs):
         r = SimpleNamespace(**dict.fromkeys(scratch), **dict(zip(names, refs, strict=True)))
         r.__dict__.update(scratch_refs)
-        r.b, r.h = lax.axis_index("b"), lax.axis_index("h")
+        r.b, r.h, r.c = (lax.axis_index(axis) for axis in "bhc")
         r.first = 0 * r.b  # traced: lowering takes no constant as an index, and refuses known slices over the end
         warpgroup = lax.axis_index("warpgroup")
         for w in range(config.writers):
             pl.when(warpgroup == w)(lambda w=w: state(config, r, w))
-        pl.when(warpgroup == config.writers)(lambda: helper(config, r))
+        for i in range(config.helpers):
+            pl.when(warpgroup == config.writers + i)(lambda i=i: helper(config, r, i))
         # A warpgroup that ends while another still multiplies stops the kernel with an illegal instruction.
         plgpu.barrier_arrive(r.done)
         plgpu.barrier_wait(r.done)
@@ -134,8 +180,8 @@ def launch(name, config, inputs, outputs, scratch, grid, state, helper):
         body,
         out_type=tuple(outputs.values()),
         grid=grid,
-        grid_names=("b", "h"),
-        num_threads=config.writers + 1,
+        grid_names=("b", "h", "c"),
+        num_threads=config.writers + config.helpers,
         thread_name="warpgroup",
         scratch_types={key: value for key, value in scratch.items() if value is not None},
         compiler_params=plgpu.CompilerParams(approx_math=True),

@@ -10,9 +10,8 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.hopper import blocks
-from pallas_kernels.hopper.mosaic import CHUNK
+from pallas_kernels.hopper.mosaic import CHUNK, PROCESSORS
 
-PROCESSORS = 132  # of an H100 or H200; a block of threads has one to itself
 SHORTEST = 4  # chunks of a piece
 
 
