@@ -4,20 +4,23 @@ python -m experiments.kernels.check_triton [interpret compile lower] [--only=SUB
 
 `interpret` runs every kernel in Triton's interpreter, forward and backward, against the float64 token loop, within the
 error model of `triton_cases.py`; nothing may be read or written outside an array, nothing left unwritten, and of two
-packed documents neither may change the other by a bit. `compile` compiles every variant for sm_80, sm_89 and sm_90 and
-prints registers, spills and shared memory against their budgets. `lower` lowers forward and backward for cuda through
-jax-triton itself, and exports the op with it. All three by default, each in a process of its own: Triton interprets or
-compiles, not both.
+packed documents neither may change the other by a bit. `compile` compiles every variant for sm_80, sm_89 and sm_90, in
+as many processes as there are cores, and prints registers, spills and shared memory against their budgets. `lower`
+lowers forward and backward for cuda through jax-triton itself, and exports the op with it. All three by default, each
+in a process of its own: Triton interprets or compiles, not both.
 
 It needs an environment with jax, its CUDA plugin, jax-triton and Triton; no GPU and no CUDA.
 """
 
 import argparse
+import multiprocessing
 import os
 import subprocess
 import sys
 import time
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
+from typing import Any
 
 
 def interpret(only: str) -> list[str]:
@@ -102,36 +105,45 @@ def _shapes(dtype, sizes, decay, documents):
     return Inputs(key, key, value, vector, vector, vector if decay else None, state, borders), (value, state)
 
 
-def _variants():
-    """(dtype, K, V, key heads of 4, decay, documents) of what is compiled."""
-    options = ((4, False, False), (4, True, False), (4, False, True), (2, True, True))
-    yield from (("bfloat16", size, size, *option) for size in (64, 128) for option in options)
-    yield from (("float16", size, size, *option) for size in (64, 128) for option in (options[0], options[3]))
-    yield from (("bfloat16", *sizes, 4, True, True) for sizes in ((16, 16), (32, 128), (128, 256)))
+def _kernels(only: str) -> dict[Any, str]:
+    """Every kernel of every variant once, with the name of the first variant that runs it."""
+    from experiments.kernels.triton_cases import VARIANTS
+    from experiments.kernels.triton_compiler import recorder
+    from pallas_kernels.triton import launch
+
+    found: dict[Any, str] = {}
+    for variant in VARIANTS:
+        if only not in str(variant):
+            continue
+        seen: list[Any] = []
+        call = recorder(variant.capability, variant.dtype, seen.append)
+        sizes = (2, 100, variant.key_heads, 4, variant.key_dim, variant.value_dim)
+        x, cotangents = _shapes(variant.dtype, sizes, variant.decay, variant.documents)
+        launch.forward(call, variant.capability, x, scale=0.5, save=False)
+        residuals = launch.forward(call, variant.capability, x, scale=0.5, save=True)[2]
+        launch.backward(call, variant.capability, x, residuals, cotangents, scale=0.5)
+        for kernel in seen:
+            found.setdefault(kernel, str(variant))
+    return found
 
 
 def compile_all(only: str) -> list[str]:
-    """Every variant for every architecture; what breaks a budget, a sentence each."""
-    from experiments.kernels.triton_compiler import compiler
-    from experiments.kernels.triton_report import Compiled
-    from pallas_kernels.triton import launch
+    """Every kernel for every architecture; what breaks a budget, a sentence each."""
+    from experiments.kernels import triton_compiler
+    from experiments.kernels.triton_report import Compiled, summary
 
-    failures = []
-    for capability in (80, 89, 90):
-        for dtype, key_dim, value_dim, key_heads, decay, documents in _variants():
-            name = f"sm_{capability} {dtype} K{key_dim} V{value_dim} H{key_heads}/4"
-            name += " decay" * decay + " documents" * documents
-            if only not in name:
-                continue
-            begun = time.perf_counter()
-            seen: list[Compiled] = []
-            call = compiler(capability, dtype, seen.append)
-            x, cotangents = _shapes(dtype, (2, 1000, key_heads, 4, key_dim, value_dim), decay, documents)
-            residuals = launch.forward(call, capability, x, scale=0.5, save=True)[2]
-            launch.backward(call, capability, x, residuals, cotangents, scale=0.5)
-            failures += [f"{name}: {line}" for kernel in seen for line in kernel.violations()]
-            print(f"{name}, {time.perf_counter() - begun:.0f} s", flush=True)
-            print(*(f"    {kernel}" for kernel in seen), sep="\n", flush=True)
+    found = _kernels(only)
+    failures: list[str] = []
+    seen: list[Compiled] = []
+    # processes, not threads: Triton's compiler holds the interpreter's lock
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(min(os.cpu_count() or 1, len(found) or 1), mp_context=context) as pool:
+        for name, kernel, got in zip(found.values(), found, pool.map(triton_compiler.compiled, found), strict=True):
+            name += " save" * dict(kernel.constants).get("SAVE", False)
+            print(f"{name}: {got}", flush=True)
+            seen.append(got)
+            failures += [f"{name}: {line}" for line in got.violations()]
+    print(f"worst of {len(seen)} kernels", *summary(seen), sep="\n  ")
     return failures
 
 

@@ -7,6 +7,7 @@ make FACTOR times as much, and in bfloat16 no more than PLAIN times what the pla
 products. In float32, where the algebra shows, the measure is the error of the float32 token loop.
 """
 
+import itertools
 from dataclasses import dataclass
 from typing import Any
 
@@ -75,6 +76,36 @@ CASES = (
     Case("float16", length=130, key_dim=128, value_dim=128, heads=1, capability=90),
     Case("float16", length=100, norm2=1e3),
     Case("float16", length=100, norm2=1e-4, key_heads=2),
+)
+
+
+@dataclass(frozen=True)
+class Variant:
+    """Sizes and options that make a kernel of their own; 4 value heads, and chunks of full length. Which coefficients
+    are given makes none: a kernel always reads erase and write."""
+
+    capability: int
+    dtype: str
+    key_dim: int
+    value_dim: int
+    key_heads: int
+    decay: bool
+    documents: bool
+
+    def __str__(self):
+        text = f"sm_{self.capability} {self.dtype} K{self.key_dim} V{self.value_dim} H{self.key_heads}/4"
+        return text + " decay" * self.decay + " documents" * self.documents
+
+
+# All options at the sizes that models have, and where they meet at the edges of what is supported
+VARIANTS = tuple(
+    Variant(capability, dtype, *sizes, heads, *options)
+    for capability in (80, 89, 90)
+    for dtype in ("bfloat16", "float16")
+    for sizes in (*itertools.product((64, 128), (64, 128)), (16, 16), (32, 128), (128, 256))
+    for heads in (4, 2)
+    for options in itertools.product((False, True), (False, True))
+    if (min(sizes) >= 64 and max(sizes) <= 128) or all(options)
 )
 
 

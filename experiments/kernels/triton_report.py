@@ -1,16 +1,14 @@
 """What compiling a Triton kernel must come to: registers, spills and shared memory against their budgets. Text only."""
 
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
+
+from experiments.kernels.compile_report import SPILL_BUDGET
 
 # KiB of shared memory that a block may have: CUDA C++ Programming Guide, technical specifications per capability.
 SHARED_KIB = {80: 163, 86: 99, 89: 99, 90: 227}
-# Bytes a thread may spill, stores or loads, whichever are more: a little above what was seen. The plain kernels spill
-# nothing or next to it; most is where options meet, decay and documents in the gradients of grouped heads.
-SPILL_BUDGET = {
-    "bfloat16": {"prepare": 0, "scan": 48, "reverse_scan": 0, "gradients": 320},
-    "float16": {"prepare": 16, "scan": 144, "reverse_scan": 64, "gradients": 320},
-}
+DIRECTION = {"prepare": "forward", "scan": "forward", "reverse_scan": "backward", "gradients": "backward"}
 
 
 @dataclass(frozen=True)
@@ -26,13 +24,17 @@ class Compiled:
     spill_loads: int
     shared_bytes: int
 
+    @property
+    def spilled(self) -> int:
+        """Bytes a thread, stores or loads, whichever are more."""
+        return max(self.spill_stores, self.spill_loads)
+
     def violations(self) -> list[str]:
         """What it breaks of the budgets, a sentence each."""
-        spilled, budget = max(self.spill_stores, self.spill_loads), SPILL_BUDGET[self.dtype][self.kernel]
-        limit = SHARED_KIB[self.capability]
+        budget, limit = SPILL_BUDGET[DIRECTION[self.kernel]], SHARED_KIB[self.capability]
         found = []
-        if spilled > budget:
-            found.append(f"{self.kernel} spills {spilled} bytes a thread, {budget} allowed")
+        if self.spilled > budget:
+            found.append(f"{self.kernel} spills {self.spilled} bytes a thread, {budget} allowed")
         if self.shared_bytes > limit << 10:
             found.append(f"{self.kernel} takes {self.shared_bytes} bytes of shared memory, {limit} KiB allowed")
         return found
@@ -42,6 +44,18 @@ class Compiled:
             f"{self.kernel:12} {self.warps} warps, {self.registers:3} registers,"
             f" spills {self.spill_stores}/{self.spill_loads}, {self.shared_bytes / 1024:.1f} KiB shared"
         )
+
+
+def summary(kernels: Iterable[Compiled]) -> list[str]:
+    """Of every kernel, architecture and type what spills most and takes most shared memory, a line each."""
+    groups: dict[tuple[str, int, str], list[Compiled]] = {}
+    for x in kernels:
+        groups.setdefault((x.kernel, x.capability, x.dtype), []).append(x)
+    return [
+        f"{kernel:12} sm_{capability} {dtype:8} spills {max(x.spilled for x in group):3} bytes,"
+        f" {max(x.shared_bytes for x in group) / 1024:5.1f} KiB shared"
+        for (kernel, capability, dtype), group in sorted(groups.items())
+    ]
 
 
 def assembler_report(text: str) -> tuple[int, int, int]:

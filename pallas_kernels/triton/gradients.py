@@ -10,6 +10,7 @@ import triton.language as tl
 
 from pallas_kernels.triton.tiles import (
     end_decay,
+    load_documents,
     load_rows,
     load_square,
     load_transposed,
@@ -76,55 +77,64 @@ def reverse_scan(
 
 @triton.jit
 def _pair_products(
-    value, updates, d_output, solved, states, d_states, d_value, write_C, start, T, H, part,
-    C: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, PARTS: tl.constexpr, DECAY: tl.constexpr,
+    value, updates, d_output, solved, d_value, write_C, start, T, H, part,
+    C: tl.constexpr, V: tl.constexpr, BV: tl.constexpr, PARTS: tl.constexpr, operand: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """What goes through pairs of a chunk's tokens and through the state after it: dO Uᵀ and Y Uᵀ [C, C], U dS'ᵀ
-    [C, BK], dw [C] of the columns of V that fall to this part, which writes their dV = w ∘ Y, and ⟨S, dS'⟩.
-
-    Pointers are to the chunk's first element.
-    """
-    operand: tl.constexpr = states.dtype.element_ty
+    """What goes through pairs of a chunk's tokens: dO Uᵀ and Y Uᵀ [C, C], and dw [C] of the columns of V that fall to
+    this part, which writes their dV = w ∘ Y. Pointers are to the chunk's first element."""
     d_weights_CC = tl.zeros([C, C], tl.float32)
     z_CC = tl.zeros([C, C], tl.float32)
-    d_end_CK = tl.zeros([C, BK], tl.float32)
     d_write_C = tl.zeros([C], tl.float32)
-    whole = 0.0
     for column in range(0, V, BV):
         u_CV = load_rows(updates + column, start, T, H, C, V, BV)
         y_CV = load_rows(solved + column, start, T, H, C, V, BV)
         d_out_CV = load_rows(d_output + column, start, T, H, C, V, BV).to(operand)
-        d_state_VK = load_transposed(d_states + column, BK, BV, V)
-        d_end_CK = tl.dot(u_CV, d_state_VK, acc=d_end_CK, input_precision=PRECISION)
         d_weights_CC = tl.dot(d_out_CV, tl.trans(u_CV), acc=d_weights_CC, input_precision=PRECISION)
         z_CC = tl.dot(y_CV, tl.trans(u_CV), acc=z_CC, input_precision=PRECISION)
         if column // BV % PARTS == part:
             v_CV = load_rows(value + column, start, T, H, C, V, BV).to(tl.float32)
             d_write_C += tl.sum(y_CV.to(tl.float32) * v_CV, axis=1)
             store_rows(d_value + column, write_C[:, None] * y_CV.to(tl.float32), start, T, H, C, V, BV)
-        if DECAY:
-            state_VK = load_transposed(states + column, BK, BV, V)
-            whole += tl.sum(tl.sum(state_VK.to(tl.float32) * d_state_VK.to(tl.float32), axis=1), axis=0)
-    return d_weights_CC, z_CC, d_end_CK, d_write_C, whole
+    return d_weights_CC, z_CC, d_write_C
 
 
 @triton.jit
 def _state_products(
-    d_output, solved, states, start, T, H,
-    C: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, PRECISION: tl.constexpr,
+    updates, d_output, solved, states, d_states, start, T, H,
+    C: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, DECAY: tl.constexpr, operand: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """What goes through the state before a chunk: dO Sᵀ and Y Sᵀ [C, BK]. Pointers as in `_pair_products`."""
-    operand: tl.constexpr = states.dtype.element_ty
+    """What goes through the states before and after a chunk: dO Sᵀ, Y Sᵀ and U dS'ᵀ [C, BK], and ⟨S, dS'⟩. Pointers as
+    in `_pair_products`."""
     d_read_CK = tl.zeros([C, BK], tl.float32)
     y_state_CK = tl.zeros([C, BK], tl.float32)
+    d_end_CK = tl.zeros([C, BK], tl.float32)
+    whole = 0.0
     for column in range(0, V, BV):
+        state_VK = load_transposed(states + column, BK, BV, V)
+        d_state_VK = load_transposed(d_states + column, BK, BV, V)
         d_out_CV = load_rows(d_output + column, start, T, H, C, V, BV).to(operand)
         y_CV = load_rows(solved + column, start, T, H, C, V, BV)
-        state_VK = load_transposed(states + column, BK, BV, V)
+        u_CV = load_rows(updates + column, start, T, H, C, V, BV)
         d_read_CK = tl.dot(d_out_CV, state_VK, acc=d_read_CK, input_precision=PRECISION)
         y_state_CK = tl.dot(y_CV, state_VK, acc=y_state_CK, input_precision=PRECISION)
-    return d_read_CK, y_state_CK
+        d_end_CK = tl.dot(u_CV, d_state_VK, acc=d_end_CK, input_precision=PRECISION)
+        if DECAY:
+            whole += tl.sum(tl.sum(state_VK.to(tl.float32) * d_state_VK.to(tl.float32), axis=1), axis=0)
+    return d_read_CK, y_state_CK, d_end_CK, whole
+
+
+@triton.jit
+def _add_in_document(sum_a, doc_a, sum_b, doc_b):
+    """Combines two runs of tokens for a sum that starts anew with every document."""
+    return sum_b + tl.where(doc_a == doc_b, sum_a, 0.0), doc_b
+
+
+@triton.jit
+def _later_less_earlier(q_CK, d_query_CK, k_CK, d_key_CK):
+    """⟨q, dQ⟩ - ⟨k, dK⟩ [C]."""
+    return tl.sum(q_CK.to(tl.float32) * d_query_CK - k_CK.to(tl.float32) * d_key_CK, axis=1)
 
 
 @triton.jit
@@ -133,11 +143,11 @@ def gradients(
     T, H, key_heads,
     d_query, d_key, d_value, d_erase, d_write, d_log_decay,
     SCALE: tl.constexpr, C: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
-    SHARED: tl.constexpr, DECAY: tl.constexpr, DOCUMENTS: tl.constexpr, PRECISION: tl.constexpr,
+    GROUPED: tl.constexpr, DECAY: tl.constexpr, DOCUMENTS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """One program BK columns of K, a key head and a chunk, in this order; it sums over the SHARED value heads that read
-    the key head. d_erase, d_write and d_log_decay [K / BK, B, T, H] are sums of which each program gives its part: over
-    its columns of K, and over columns of V that programs share out.
+    """One program BK columns of K, a key head and a chunk, in this order; it sums over the value heads that read the
+    key head, several if GROUPED. d_erase, d_write and d_log_decay [K / BK, B, T, H] are sums of which each program
+    gives its part: over its columns of K, and over columns of V that programs share out.
 
     Neither K Kᵀ nor Q Kᵀ is formed: ⟨k_i, (Z K)_i⟩ is what a row of M ∘ Z sums to. So are the sums behind d_log_decay:
     every decay is exp of a difference of two sums of log-decay, and its cotangent times itself counts for the later
@@ -155,24 +165,26 @@ def gradients(
     i_C = tl.arange(0, C)
 
     at_key = token_offset(b, start, key_head, T, key_heads) * K + part * BK
-    q_CK = load_rows(query + at_key, start, T, key_heads, C, K, BK).to(operand)
-    k_CK = load_rows(key + at_key, start, T, key_heads, C, K, BK).to(operand)
     all_query_CK = tl.zeros([C, BK], tl.float32)
     all_key_CK = tl.zeros([C, BK], tl.float32)
-    for shared in range(SHARED):
-        h = key_head * SHARED + shared
+    group = H // key_heads if GROUPED else 1
+    # what does not depend on the head stays in the loop: hoisted, it is spilled
+    for shared in tl.range(0, group, disable_licm=True):
+        h = key_head * group + shared
         at = token_offset(b, start, h, T, H)
         at_part = at + part * batch.to(tl.int64) * T * H
         at_chunk = (b.to(tl.int64) * chunks + n) * H + h
         at_state = (at_chunk * K + part * BK) * V
         write_C = load_vector(write + at, start, T, H, C)
-        d_weights_CC, z_CC, d_end_CK, d_write_C, whole = _pair_products(
-            value + at * V, updates + at * V, d_output + at * V, solved + at * V, states + at_state,
-            d_states + at_state, d_value + at * V, write_C, start, T, H, part, C, V, BK, BV, K // BK, DECAY, PRECISION,
+        d_weights_CC, z_CC, d_write_C = _pair_products(
+            value + at * V, updates + at * V, d_output + at * V, solved + at * V, d_value + at * V,
+            write_C, start, T, H, part, C, V, BV, K // BK, operand, PRECISION,
         )  # fmt: skip
         store_vector(d_write + at_part, d_write_C, start, T, H, C)
 
-        # loaded only here, and reach_CC made anew below: what lives through the loops is spilled
+        # loaded only here, though heads share query and key: what lives through the loops is spilled
+        q_CK = load_rows(query + at_key, start, T, key_heads, C, K, BK).to(operand)
+        k_CK = load_rows(key + at_key, start, T, key_heads, C, K, BK).to(operand)
         erase_C = load_vector(erase + at, start, T, H, C)
         sums_C = load_vector(sums + at, start, T, H, C) if DECAY else erase_C
         left_C, right_C, total = end_decay(sums, documents, sums_C, b, h, start, T, H, C, DECAY, DOCUMENTS)
@@ -184,29 +196,34 @@ def gradients(
         d_gram_CC = (-erase_C[:, None] * z_CC).to(operand)
         d_key_CK = tl.dot(tl.trans(d_gram_CC), k_CK, acc=d_key_CK, input_precision=PRECISION)
         z_key_CK = tl.dot(z_CC.to(operand), k_CK, input_precision=PRECISION)
-        wide_CK = k_CK.to(tl.float32)
-        d_erase_C = -tl.sum(z_key_CK * wide_CK, axis=1)
+        d_erase_C = -tl.sum(z_key_CK * k_CK.to(tl.float32), axis=1)
         d_key_CK -= erase_C[:, None] * z_key_CK
+        d_sums_C = _later_less_earlier(q_CK, d_query_CK, k_CK, d_key_CK) if DECAY else erase_C
+        all_query_CK += d_query_CK
+        all_key_CK += d_key_CK
+
+        d_read_CK, y_state_CK, d_end_CK, whole = _state_products(
+            updates + at * V, d_output + at * V, solved + at * V, states + at_state, d_states + at_state,
+            start, T, H, C, V, BK, BV, DECAY, operand, PRECISION,
+        )  # fmt: skip
         if DECAY or DOCUMENTS:
             d_end_CK *= right_C[:, None]
-        end_total = total * whole + (tl.sum(tl.sum(d_end_CK * wide_CK, axis=1), axis=0) if DECAY else 0.0)
-        d_key_CK += d_end_CK
-
-        d_read_CK, y_state_CK = _state_products(
-            d_output + at * V, solved + at * V, states + at_state, start, T, H, C, V, BK, BV, PRECISION
-        )
-        d_query_CK += (SCALE * left_C)[:, None] * d_read_CK
-        d_key_CK -= (erase_C * left_C)[:, None] * y_state_CK
+        d_query_CK = (SCALE * left_C)[:, None] * d_read_CK
+        d_key_CK = d_end_CK - (erase_C * left_C)[:, None] * y_state_CK
         d_erase_C -= left_C * tl.sum(y_state_CK * k_CK.to(tl.float32), axis=1)
         store_vector(d_erase + at_part, d_erase_C, start, T, H, C)
-
         if DECAY:
-            d_sums_C = 2.0 * erase_C * d_erase_C
-            d_sums_C += tl.sum(q_CK.to(tl.float32) * d_query_CK - k_CK.to(tl.float32) * d_key_CK, axis=1)
+            d_sums_C += _later_less_earlier(q_CK, d_query_CK, k_CK, d_key_CK)
+            d_sums_C += 2.0 * erase_C * d_erase_C
+            end_total = total * whole + tl.sum(tl.sum(d_end_CK * k_CK.to(tl.float32), axis=1), axis=0)
             d_sums_C += tl.where(i_C == tl.minimum(T - start, C) - 1, end_total, 0.0)
             # a log-decay enters the sums of its own token and of those behind it in its document
-            behind_CC = tl.where(reach(documents, b, start, T, C, DOCUMENTS), d_sums_C[:, None], 0.0)
-            store_vector(d_log_decay + at_part, tl.sum(behind_CC, axis=0), start, T, H, C)
+            if DOCUMENTS:
+                doc_C, _end, _before = load_documents(documents, b, start, T, C)
+                behind_C, _doc = tl.associative_scan((d_sums_C, doc_C), 0, _add_in_document, reverse=True)
+            else:
+                behind_C = tl.cumsum(d_sums_C, axis=0, reverse=True)
+            store_vector(d_log_decay + at_part, behind_C, start, T, H, C)
         all_query_CK += d_query_CK
         all_key_CK += d_key_CK
     store_rows(d_query + at_key, all_query_CK, start, T, key_heads, C, K, BK)

@@ -66,6 +66,14 @@ class Problem(NamedTuple):
     def sizes(self):
         return self.length, self.heads, self.key_heads
 
+    @property
+    def grouped(self):
+        """Whether several value heads share a key head."""
+        return self.heads > self.key_heads
+
+    def tiles(self, capability):
+        return tiles(capability, self.operand.itemsize, self.key_dim, self.value_dim, self.grouped)
+
     def tokens(self, *features, dtype=jnp.float32):
         return jax.ShapeDtypeStruct((self.batch, self.length, self.heads, *features), dtype)
 
@@ -169,7 +177,7 @@ def _gradients(p: Problem, tile: Tile, x: Inputs, sums, states, updates, d_outpu
         p.batch * p.chunks * p.key_heads * parts,
         dict(
             SCALE=scale, K=p.key_dim, V=p.value_dim, BK=tile.key_columns, BV=tile.columns,
-            SHARED=p.heads // p.key_heads, **p.options,
+            GROUPED=p.grouped, **p.options,
         ),
         tile,
     )  # fmt: skip
@@ -183,7 +191,7 @@ def forward(call: Call, capability: int, x: Inputs, *, scale: float, save: bool)
     """
     p = describe(x)
     x = _filled(x, p)
-    tile = tiles(capability, p.operand.itemsize, p.key_dim, p.value_dim)
+    tile = p.tiles(capability)
     inverse, weights, sums = call(_prepare(p, tile.prepare, x, scale))
     output, final_state, *saved = call(_scan(p, tile.scan, x, inverse, weights, sums, scale, save))
     residuals = (inverse, weights, *saved, *(() if x.log_decay is None else (sums,)))
@@ -195,15 +203,12 @@ def backward(call: Call, capability: int, x: Inputs, residuals, cotangents, *, s
     output and final state."""
     p = describe(x)
     given, x = x, _filled(x, p)
-    tile = tiles(capability, p.operand.itemsize, p.key_dim, p.value_dim)
+    tile = p.tiles(capability)
     inverse, weights, states, updates, *sums = residuals
     (sums,) = sums or (x.erase,)
-    d_initial_state, d_states, solved = call(
-        _reverse_scan(p, tile.reverse_scan, x, inverse, weights, sums, cotangents, scale)
-    )
-    chosen = tile.gradients if p.heads == p.key_heads else tile.grouped
+    d_initial_state, d_states, solved = call(_reverse_scan(p, tile.scan, x, inverse, weights, sums, cotangents, scale))
     *d_features, d_erase, d_write, d_log_decay = call(
-        _gradients(p, chosen, x, sums, states, updates, cotangents[0], d_states, solved, scale)
+        _gradients(p, tile.gradients, x, sums, states, updates, cotangents[0], d_states, solved, scale)
     )
     whole = lambda parts: parts[0] if len(parts) == 1 else parts.sum(0)
     d_erase, d_write = whole(d_erase), whole(d_write)

@@ -86,13 +86,12 @@ def prepare(
     pairs_CC = pair_decay(reach_CC, sums_C, DECAY)
 
     k_CK = load_rows(key + at_key, start, T, key_heads, C, K, K)
-    q_CK = load_rows(query + at_key, start, T, key_heads, C, K, K)
-    scores_CC = tl.dot(q_CK, tl.trans(k_CK), input_precision=PRECISION)
-    store_square(weights + at_square, (SCALE * pairs_CC * scores_CC).to(operand), C, C, C)
-
     i_C = tl.arange(0, C)
     erase_C = load_vector(erase + at, start, T, H, C)
     lower_CC = tl.where(i_C[:, None] != i_C[None, :], erase_C[:, None] * pairs_CC, 0.0)
     lower_CC *= tl.dot(k_CK, tl.trans(k_CK), input_precision=PRECISION)
+    q_CK = load_rows(query + at_key, start, T, key_heads, C, K, K)
+    scores_CC = tl.dot(q_CK, tl.trans(k_CK), input_precision=PRECISION)
+    store_square(weights + at_square, (SCALE * pairs_CC * scores_CC).to(operand), C, C, C)
     inverse_CC = unit_lower_inverse(lower_CC, C, PRECISION)
     store_square(inverse + at_square, inverse_CC.to(operand), C, C, C)

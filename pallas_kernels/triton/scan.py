@@ -41,11 +41,8 @@ def scan(
         at = token_offset(b, start, h, T, H)
         at_key = token_offset(b, start, h // (H // key_heads), T, key_heads) * K
         at_chunk = (b.to(tl.int64) * chunks + n) * H + h
-        q_CK = load_rows(query + at_key, start, T, key_heads, C, K, K).to(operand)
         k_CK = load_rows(key + at_key, start, T, key_heads, C, K, K).to(operand)
-        inverse_CC = load_square(inverse + at_chunk * (C * C), C, C, C)
-        weights_CC = load_square(weights + at_chunk * (C * C), C, C, C)
-        v_CV = load_rows(value + at * V + column, start, T, H, C, V, BV).to(tl.float32)
+        # every tile is loaded where it is used: where loads have one stage, what comes early is held, and spilled
         erase_C = load_vector(erase + at, start, T, H, C)
         write_C = load_vector(write + at, start, T, H, C)
         sums_C = load_vector(sums + at, start, T, H, C) if DECAY else erase_C
@@ -55,12 +52,16 @@ def scan(
         if SAVE:
             store_square(states + at_chunk * (K * V) + column, before_KV, K, BV, V)
         recalled_CV = tl.dot(k_CK, before_KV, input_precision=PRECISION)
+        v_CV = load_rows(value + at * V + column, start, T, H, C, V, BV).to(tl.float32)
         asked_CV = write_C[:, None] * v_CV - (erase_C * left_C)[:, None] * recalled_CV
+        inverse_CC = load_square(inverse + at_chunk * (C * C), C, C, C)
         update_CV = tl.dot(inverse_CC, asked_CV.to(operand), input_precision=PRECISION)
         if SAVE:
             store_rows(updates + at * V + column, update_CV.to(operand), start, T, H, C, V, BV)
 
+        q_CK = load_rows(query + at_key, start, T, key_heads, C, K, K).to(operand)
         out_CV = (SCALE * left_C)[:, None] * tl.dot(q_CK, before_KV, input_precision=PRECISION)
+        weights_CC = load_square(weights + at_chunk * (C * C), C, C, C)
         out_CV = tl.dot(weights_CC, update_CV.to(operand), acc=out_CV, input_precision=PRECISION)
         store_rows(output + at * V + column, out_CV, start, T, H, C, V, BV)
 

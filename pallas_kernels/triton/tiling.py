@@ -1,7 +1,9 @@
 """Tile sizes of the kernels, by architecture, type and K; which devices and which calls they serve.
 
-The table was made from what each candidate compiles to: no spills in the scans, tiles that no warp computes twice,
-shared memory within the smallest card of the architecture.
+The tables were made from what each candidate compiles to: no spills in the forward, few in the backward, shared memory
+within the smallest card of the architecture. In the gradients, of those the most columns of K a program, for parts of K
+repeat the products of a chunk's pairs; and 4 warps where products are a warp's: each takes 16 of a chunk's 64 rows, and
+8 would compute every row twice.
 """
 
 import re
@@ -27,81 +29,45 @@ class Tile(NamedTuple):
 
 
 class Tiles(NamedTuple):
-    """`grouped` is `gradients` where several value heads share a key head: it then holds sums over them too."""
+    """`scan` is the reverse scan's too."""
 
     prepare: Tile
     scan: Tile
-    reverse_scan: Tile
     gradients: Tile
-    grouped: Tile
 
 
 _ALL = 1 << 30
-# (sm_90, bytes of what products take, K > 64). Whatever is not sm_90 has the warp-level instructions of sm_80.
-_TABLE = {
-    (False, 2, False): Tiles(
-        prepare=Tile(_ALL, _ALL, 4, 1),
-        scan=Tile(_ALL, 32, 4, 2),
-        reverse_scan=Tile(_ALL, 32, 4, 2),
-        gradients=Tile(32, 64, 4, 2),
-        grouped=Tile(32, 32, 8, 2),
-    ),
-    (False, 2, True): Tiles(
-        prepare=Tile(_ALL, _ALL, 8, 1),
-        scan=Tile(_ALL, 32, 8, 2),
-        reverse_scan=Tile(_ALL, 32, 8, 2),
-        gradients=Tile(32, 64, 4, 2),
-        grouped=Tile(32, 32, 8, 2),
-    ),
-    (False, 4, False): Tiles(
-        prepare=Tile(_ALL, _ALL, 4, 1),
-        scan=Tile(_ALL, 16, 8, 2),
-        reverse_scan=Tile(_ALL, 16, 8, 2),
-        gradients=Tile(32, 16, 4, 1),
-        grouped=Tile(16, 16, 8, 1),
-    ),
-    (False, 4, True): Tiles(
-        prepare=Tile(_ALL, _ALL, 8, 1),
-        scan=Tile(_ALL, 16, 8, 2),
-        reverse_scan=Tile(_ALL, 16, 8, 2),
-        gradients=Tile(32, 16, 4, 1),
-        grouped=Tile(16, 16, 8, 1),
-    ),
-    (True, 2, False): Tiles(
-        prepare=Tile(_ALL, _ALL, 4, 1),
-        scan=Tile(_ALL, 64, 4, 2),
-        reverse_scan=Tile(_ALL, 64, 4, 2),
-        gradients=Tile(64, 64, 4, 1),
-        grouped=Tile(32, 32, 8, 1),
-    ),
-    (True, 2, True): Tiles(
-        prepare=Tile(_ALL, _ALL, 4, 1),
-        scan=Tile(_ALL, 64, 8, 3),
-        reverse_scan=Tile(_ALL, 64, 8, 3),
-        gradients=Tile(128, 64, 8, 2),
-        grouped=Tile(64, 64, 8, 2),
-    ),
-    (True, 4, False): Tiles(
-        prepare=Tile(_ALL, _ALL, 4, 1),
-        scan=Tile(_ALL, 16, 4, 2),
-        reverse_scan=Tile(_ALL, 16, 4, 2),
-        gradients=Tile(64, 64, 8, 1),
-        grouped=Tile(32, 32, 8, 1),
-    ),
-    (True, 4, True): Tiles(
-        prepare=Tile(_ALL, _ALL, 4, 1),
-        scan=Tile(_ALL, 16, 8, 1),
-        reverse_scan=Tile(_ALL, 32, 8, 1),
-        gradients=Tile(64, 64, 8, 1),
-        grouped=Tile(32, 32, 8, 1),
-    ),
+# By (sm_90, bytes of what products take, K > 64). Whatever is not sm_90 has the warp-level instructions of sm_80.
+_SCAN = {
+    (False, 2, False): Tile(_ALL, 32, 4, 2),
+    (False, 2, True): Tile(_ALL, 32, 8, 2),
+    (False, 4, False): Tile(_ALL, 16, 8, 2),
+    (False, 4, True): Tile(_ALL, 16, 8, 2),
+    (True, 2, False): Tile(_ALL, 64, 4, 2),
+    (True, 2, True): Tile(_ALL, 32, 8, 3),
+    (True, 4, False): Tile(_ALL, 16, 4, 2),
+    (True, 4, True): Tile(_ALL, 16, 8, 1),
+}
+# By (sm_90, bytes of what products take, whether value heads share a key head: sums over them are held too).
+_GRADIENTS = {
+    (False, 2, False): Tile(32, 32, 4, 2),
+    (False, 2, True): Tile(16, 16, 4, 2),
+    (False, 4, False): Tile(32, 16, 4, 1),
+    (False, 4, True): Tile(16, 16, 4, 1),
+    (True, 2, False): Tile(64, 64, 8, 2),
+    (True, 2, True): Tile(64, 32, 8, 2),
+    (True, 4, False): Tile(64, 64, 8, 1),
+    (True, 4, True): Tile(32, 32, 8, 1),
 }
 
 
-def tiles(capability, itemsize, key_dim, value_dim):
-    """The tiles for a device (90 for sm_90), the bytes of what products take, K and V."""
+def tiles(capability, itemsize, key_dim, value_dim, grouped):
+    """The tiles for a device (90 for sm_90), the bytes of what products take, K, V and whether value heads share key
+    heads."""
+    hopper, wide = 90 <= capability < 100, key_dim > 64
+    prepare = Tile(_ALL, _ALL, 8 if wide and not hopper else 4, 1)
     fit = lambda tile: tile._replace(key_columns=min(tile.key_columns, key_dim), columns=min(tile.columns, value_dim))
-    return Tiles(*map(fit, _TABLE[90 <= capability < 100, itemsize, key_dim > 64]))
+    return Tiles(fit(prepare), fit(_SCAN[hopper, itemsize, wide]), fit(_GRADIENTS[hopper, itemsize, grouped]))
 
 
 def capability() -> int | None:

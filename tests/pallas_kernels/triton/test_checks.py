@@ -1,11 +1,14 @@
 """The checks of the Triton kernels: that the error model passes what is right and catches what is slightly wrong."""
 
+import itertools
+from dataclasses import replace
+
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments.kernels.triton_cases import CASES, NAMES, Case, allowed, draw, errors, evaluate
-from experiments.kernels.triton_report import Compiled, assembler_report
+from experiments.kernels.triton_cases import CASES, NAMES, VARIANTS, Case, allowed, draw, errors, evaluate
+from experiments.kernels.triton_report import Compiled, assembler_report, summary
 
 SMALL = Case(length=70, heads=2, key_dim=16, value_dim=16, decay=True, borders=(20, 65))
 
@@ -68,9 +71,30 @@ def test_assembler_report():
 
 
 def test_budgets():
-    fits = Compiled("scan", "bfloat16", 89, 8, 255, 0, 8, 69 << 10)
-    assert fits.violations() == []
+    forward = Compiled("scan", "bfloat16", 89, 8, 255, 0, 0, 69 << 10)
+    assert forward.violations() == []
+    assert replace(forward, spill_loads=4).violations() == ["scan spills 4 bytes a thread, 0 allowed"]
+    assert replace(forward, kernel="gradients", spill_stores=128).violations() == []
     spilling = Compiled("gradients", "bfloat16", 80, 8, 255, 1192, 1196, 60 << 10)
-    assert spilling.violations() == ["gradients spills 1196 bytes a thread, 320 allowed"]
+    assert spilling.violations() == ["gradients spills 1196 bytes a thread, 128 allowed"]
     large = Compiled("scan", "bfloat16", 89, 8, 255, 0, 0, (99 << 10) + 1)
     assert large.violations() == [f"scan takes {large.shared_bytes} bytes of shared memory, 99 KiB allowed"]
+
+
+def test_summary_shows_the_worst():
+    small = Compiled("scan", "bfloat16", 89, 8, 255, 0, 8, 69 << 10)
+    large = replace(small, spill_stores=4, spill_loads=0, shared_bytes=70 << 10)
+    other = replace(small, capability=90)
+    assert summary([small, other, large]) == [
+        "scan         sm_89 bfloat16 spills   8 bytes,  70.0 KiB shared",
+        "scan         sm_90 bfloat16 spills   8 bytes,  69.0 KiB shared",
+    ]
+
+
+def test_every_option_is_compiled_at_every_size():
+    """With and without decay, documents and shared key heads, for K and V of 64 and 128."""
+    sizes = [(64, 64), (64, 128), (128, 64), (128, 128)]
+    for capability, dtype, size in itertools.product((80, 89, 90), ("bfloat16", "float16"), sizes):
+        kind = (capability, dtype, *size)
+        found = [v for v in VARIANTS if (v.capability, v.dtype, v.key_dim, v.value_dim) == kind]
+        assert len({(v.key_heads, v.decay, v.documents) for v in found}) == 8

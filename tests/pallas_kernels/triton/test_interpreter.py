@@ -23,8 +23,8 @@ BUGS = {
     "decay of the state": ("scan", "state_KV *= total", "state_KV *= 1.0", "T150", "is "),
     "half of a group": (
         "gradients",
-        "h = key_head * SHARED + shared",
-        "h = key_head * SHARED",
+        "h = key_head * group + shared",
+        "h = key_head * group",
         "H2/4",
         "NaN or nothing",
     ),

@@ -65,8 +65,8 @@ def test_serves_every_listed_size():
 @pytest.mark.parametrize("itemsize", [2, 4])
 def test_tiles_divide(capability, itemsize):
     """Programs share K and V out without a rest, and no side of a product is below the 16 that tensor cores need."""
-    for key_dim, value_dim in itertools.product(KEY_DIMS, VALUE_DIMS):
-        for tile in tiles(capability, itemsize, key_dim, value_dim):
+    for key_dim, value_dim, grouped in itertools.product(KEY_DIMS, VALUE_DIMS, (False, True)):
+        for tile in tiles(capability, itemsize, key_dim, value_dim, grouped):
             assert key_dim % tile.key_columns == 0
             assert value_dim % tile.columns == 0
             assert min(tile.key_columns, tile.columns) >= 16
