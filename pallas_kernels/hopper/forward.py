@@ -19,6 +19,7 @@ The triangular inverse: `pallas_kernels.hopper.inverse`.
 """
 
 from types import SimpleNamespace
+from typing import Any
 
 import jax
 import jax.experimental.pallas as pl
@@ -257,7 +258,7 @@ def _recall(config, r, w, state, tokens, scale=None):
     if config.save:
         out = matmul([r.stage_s.at[w, part] for part in parts], pieces, SQUARE, staged=staged)
         return state, out if scale is None or config.scale == 1 else out * config.scale
-    out = None
+    out: Any = None
     for part in parts:
         low = state[:, part * 64 : (part + 1) * 64]
         low = (low if scale is None else low * scale).astype(config.dtype)
@@ -298,9 +299,10 @@ def _helper(config, r, i):
 
     def recycle(n):
         """The places of chunk n, one of its own, to later chunks."""
-        for ring, load in loads:
+        for ring, _ in loads:
             plgpu.barrier_wait(ring.free(r, n))
-            plgpu.commit_smem()  # what read the place is done before the copy, which is another proxy, writes it
+        plgpu.commit_smem()  # what read the place is done before the copy, which is another proxy, writes it
+        for ring, load in loads:
             pl.when(n + ring.slots < config.chunks)(lambda ring=ring, load=load: load(n + ring.slots))
 
     if i == 0:

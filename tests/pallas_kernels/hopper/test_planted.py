@@ -46,10 +46,15 @@ def results(**options):
     return kernels, loop, evaluate(inputs, implementation="xla", **options)
 
 
-# What a state warpgroup may still have to read is loaded over before it said that it has: the values of
-# two chunks back in the forward pass, all inputs of one chunk back in the backward pass.
+# What a state warpgroup may still have to read is loaded over before it said that it has: an earlier chunk in the
+# forward pass, all inputs of one chunk back in the backward pass. Or two helpers write to the same place.
 LATE = {
-    "values": ("forward", r"(pl\.when\(n \+ 1 >= VALUE_SLOTS\).*)\n( +)(load_values\(n \+ 1\))", r"\3\n\2\1"),
+    "places": (
+        "forward",
+        r"( +for ring, _ in loads:\n.*\n.*commit_smem.*\n)( +for ring, load in loads:\n.*\n)",
+        r"\2\1",
+    ),
+    "helpers": ("forward", r'f"\{name\}_\{i\}"\) for name in config', r'f"{name}_0") for name in config'),
     "inputs": ("backward", r"(plgpu\.barrier_wait\(r\.inputs_free\))\n( +)(pl.when.*load\(.*)", r"\3\n\2\1"),
 }
 
@@ -68,7 +73,7 @@ def test_missing_wait(races, plant):
 
 
 WRONG = {
-    "values of another chunk": ("forward", r"r\.v_s\.at\[vslot, ", "r.v_s.at[0, "),
+    "values of another chunk": ("forward", r"r\.v_s\.at\[values\.place\(n\), ", "r.v_s.at[0, "),
     "document border": ("forward", r"per_row\(documents\[0\], SQUARE\) == ", "per_row(documents[0], SQUARE) >= "),
     "its gradient": ("backward", r"per_row\(documents\[0\], SQUARE\) == ", "per_row(documents[0], SQUARE) >= "),
 }
