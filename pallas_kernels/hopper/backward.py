@@ -36,6 +36,7 @@ from pallas_kernels.hopper.mosaic import (
     per_row,
     smem,
     stage,
+    staging,
 )
 
 # φ₁'(x) = -Σ (n+1)(-x)ⁿ/(n+2)!, exact to float32 for x < 1/2
@@ -128,7 +129,7 @@ def backward(query, key, d_output, saved, vectors, documents, d_final, *, scale,
         inputs_free=plgpu.Barrier(num_arrivals=writers),
         done=plgpu.Barrier(num_arrivals=writers + 1),
         helper_stage=stage(dtype),
-        **{f"state_stage_{w}": stage(dtype) for w in range(writers)},
+        state_stage=stage(dtype, writers),
     )
     config = SimpleNamespace(
         chunks=chunks, group=heads // key_heads, key_dim=key_dim, value_dim=value_dim, writers=writers, helpers=1,
@@ -142,7 +143,7 @@ def backward(query, key, d_output, saved, vectors, documents, d_final, *, scale,
 def _state(config, r, w):
     """One state warpgroup: columns 64w … 64w+63 of dS."""
     columns = pl.ds(w * 64, 64)
-    staged = getattr(r, f"state_stage_{w}")
+    staged = staging(r.state_stage, w)
     shape = (64, config.key_dim)
     if config.given:
         d_state = plgpu.load(r.d_final.at[r.b, r.h, columns], layout=TILE, optimized=False)
@@ -182,8 +183,9 @@ def _state(config, r, w):
     r.d_initial.at[r.b, r.h, columns][...] = lax.fori_loop(0, config.chunks, step, d_state)
 
 
-def _helper(config, r, _):
+def _helper(config, r, i):
     """The helper warpgroup: copies, P, and everything that leaves the chunk but dS."""
+    r = SimpleNamespace(**r.__dict__ | dict(helper_stage=staging(r.helper_stage, i)))
     head = lax.div(r.h, config.group)
     vectors = ("erase_c", "erase_r", "beta_r", "square_r", "left_c", "left_r", "right_c", "right_r", "sums_r", "sums_c")
 

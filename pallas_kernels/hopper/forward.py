@@ -45,6 +45,7 @@ from pallas_kernels.hopper.mosaic import (
     set_registers,
     smem,
     stage,
+    staging,
 )
 
 
@@ -138,26 +139,25 @@ def forward(key, query, value, vectors, documents, initial, *, scale, tied, save
         **queries.barriers(1, writers),
         **values.barriers(1, writers),
         **products.barriers(1, writers),
-        **{f"state_stage_{w}": stage(dtype) for w in range(writers)},
-        **{f"scale_s_{w}": plgpu.SMEM((CHUNK,), F32) for w in range(writers)},
+        scale_s=plgpu.SMEM((writers, CHUNK), F32),
+        state_stage=stage(dtype, writers),
     )
-    own = dict(  # of each helper
-        cosines_s=smem((CHUNK // BLOCK, CHUNK, BLOCK), jnp.float16) if save and tied else None,
-        inverse_s=smem((CHUNK // BLOCK, CHUNK, BLOCK), dtype) if save and tied else None,
-        ladder_s=smem((3, CHUNK, BLOCK), jnp.float16),
-        corner_s=smem((2, CHUNK, BLOCK), jnp.float16),
-        square_s=plgpu.SMEM((CHUNK,), F32) if save and exact else None,
-        keys_s=plgpu.SMEM((4, CHUNK), F32),  # of each key: norm, one over it, that times cλ, one over cλ
-        helper_stage=stage(jnp.float16),
+    own = dict(  # a place for each helper
+        cosines_s=smem((helpers, CHUNK // BLOCK, CHUNK, BLOCK), jnp.float16) if save and tied else None,
+        inverse_s=smem((helpers, CHUNK // BLOCK, CHUNK, BLOCK), dtype) if save and tied else None,
+        blocks_s=smem((helpers, 1, BLOCK + CHUNK, BLOCK), jnp.float16),  # zeros, then blocks
+        ladder_s=smem((helpers, 2, CHUNK, BLOCK), jnp.float16),
+        square_s=plgpu.SMEM((helpers, CHUNK), F32) if save and exact else None,
+        keys_s=plgpu.SMEM((helpers, 4, CHUNK), F32),  # of each key: norm, one over it, that times cλ, one over cλ
+        helper_stage=stage(jnp.float16, helpers),
     )
-    scratch |= {f"{name}_{i}": ref for name, ref in own.items() for i in range(helpers)}
     config = SimpleNamespace(
         chunks=chunks, group=heads // key_heads, key_dim=key_dim, writers=writers, helpers=helpers, dtype=dtype,
         scale=scale, tied=tied, save=save, masked=masked, decayed=decayed, summed=summed, initial=initial is not None,
         exact=exact, keys=keys, queries=queries, values=values, products=products, own=tuple(own),
         registers=registers,
     )  # fmt: skip
-    return launch("efla_forward", config, inputs, outputs, scratch, (batch, heads, splits), _state, _helper)
+    return launch("efla_forward", config, inputs, outputs, scratch | own, (batch, heads, splits), _state, _helper)
 
 
 def _state(config, r, w):
@@ -165,15 +165,14 @@ def _state(config, r, w):
     set_registers(config.registers and config.registers[0], config.writers + config.helpers)
     columns = pl.ds((r.c * config.writers + w) * 64, 64)
     own = pl.ds(w * 64, 64)
-    staged = getattr(r, f"state_stage_{w}")
+    staged = staging(r.state_stage, w)
     shape = (64, config.key_dim)
     keys, queries, values, products = config.keys, config.queries, config.values, config.products
     if config.initial:
         state = plgpu.load(r.initial.at[r.b, r.h, columns], layout=TILE, optimized=False)
     else:
         state = plgpu.layout_cast(jnp.zeros(shape, F32), TILE)
-    scale_s = getattr(r, f"scale_s_{w}")
-    scale_s[...] = plgpu.layout_cast(jnp.full((CHUNK,), config.scale, F32), ROWS)
+    r.scale_s.at[w][...] = plgpu.layout_cast(jnp.full((CHUNK,), config.scale, F32), ROWS)
     plgpu.commit_smem()
 
     def step(n, state):
@@ -221,7 +220,7 @@ def _state(config, r, w):
             left_over = (update * right).astype(config.dtype)
         plgpu.barrier_wait(queries.full(r, n))
         state, solved_low, update_low, left_over = lax.optimization_barrier((state, solved_low, update_low, left_over))
-        state, out = _recall(config, r, w, state, q_s, scale_s[0])
+        state, out = _recall(config, r, w, state, q_s, r.scale_s[w, 0])
         if config.decayed:
             out = out * left()
         out = matmul(update_low, r.scores_s.at[made].T, SQUARE, init=out, staged=staged)
@@ -253,7 +252,7 @@ def _recall(config, r, w, state, tokens, scale=None):
     In registers the state is rounded half by half, and again each time: what is kept takes registers. With a scale that
     the compiler does not know it cannot keep it.
     """
-    staged, parts = getattr(r, f"state_stage_{w}"), range(config.key_dim // 64)
+    staged, parts = staging(r.state_stage, w), range(config.key_dim // 64)
     pieces = [tokens.at[:, pl.ds(part * 64, 64)].T for part in parts]
     if config.save:
         out = matmul([r.stage_s.at[w, part] for part in parts], pieces, SQUARE, staged=staged)
@@ -270,7 +269,7 @@ def _recall(config, r, w, state, tokens, scale=None):
 def _helper(config, r, i):
     """A helper warpgroup: copies, the inverse and the scores of chunks i, i + helpers, …, ahead of the state."""
     set_registers(config.registers and config.registers[1], config.writers + config.helpers)
-    own = {name: getattr(r, f"{name}_{i}") for name in config.own}
+    own = {name: staging(getattr(r, name), i) for name in config.own}
     r = SimpleNamespace(**r.__dict__ | own)
     head = lax.div(r.h, config.group)
     keys, queries, values, products = config.keys, config.queries, config.values, config.products
@@ -305,7 +304,11 @@ def _helper(config, r, i):
         for ring, load in loads:
             pl.when(n + ring.slots < config.chunks)(lambda ring=ring, load=load: load(n + ring.slots))
 
-    if i == 0:
+    r.blocks_s.at[r.first, pl.ds(0, CHUNK)][...] = plgpu.layout_cast(jnp.zeros((CHUNK, BLOCK), jnp.float16), TILE)
+    plgpu.commit_smem()
+
+    @pl.when(i == 0)
+    def _():
         # before the copies, after which the other helpers wait
         r.numbers_r[...] = plgpu.broadcasted_iota(jnp.int32, (CHUNK,), 0, layout=ROWS)
         r.numbers_c[...] = plgpu.broadcasted_iota(jnp.int32, (CHUNK,), 0, layout=COLS)
@@ -336,13 +339,17 @@ def _helper(config, r, i):
         plgpu.barrier_arrive(products.full(r, anew()))
         return carry
 
-    turns = len(range(i, config.chunks, config.helpers))
+    turns = lax.div(config.chunks - 1 - i + config.helpers, jnp.int32(config.helpers))
     lax.fori_loop(0, turns, step, None)
-    if turns:
-        last = fresh(r) + (i + (turns - 1) * config.helpers)
-        recycle(last)
-        for before in range(min(turns, products.slots // config.helpers))[::-1]:
-            plgpu.barrier_wait(products.free(r, last - before * config.helpers))
+    for before in range(products.slots // config.helpers)[::-1]:
+
+        @pl.when(turns > before)
+        def _(before=before):
+            n = fresh(r) + (turns - 1 - before) * config.helpers + i
+            if before == 0:
+                recycle(n)
+            plgpu.barrier_wait(products.free(r, n))
+
     plgpu.wait_smem_to_gmem(0)
 
 

@@ -10,9 +10,9 @@ import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax import lax
 
-from pallas_kernels.hopper.mosaic import CHUNK, COLS, ROWS, SQUARE, matmul, per_column, per_row
+from pallas_kernels.hopper.mosaic import CHUNK, COLS, ROWS, SQUARE, TILE, matmul, matmuls, per_column, per_row
+from pallas_kernels.hopper.warps import BLOCK, block_products
 
-BLOCK = 16
 STRONG = 1 / 32  # of cλ, see write_inverse
 
 
@@ -107,53 +107,43 @@ def _diagonal(tile, row):
 def _ladder(r, lower, midway):
     """The inverse of I + tril(lower, -1) [C, C], float16 products: four column blocks [C, 16] float32.
 
-    While it is block diagonal, its blocks lie one below the other in one [C, 16] tile: a quarter of the registers.
+    Up to merges of 16×16 blocks they lie one below the other in one [C, 16] tile, each in a warp of its own.
     """
     shape = (CHUNK, BLOCK)
-    tile = lambda i: r.ladder_s.at[fresh(r) + i]
-    rows = lambda ref, i: ref.at[pl.ds(i * BLOCK, BLOCK)]
     row, column = place(r, BLOCK)
     own = jnp.where((row & 15) > column, _diagonal(lower, row), 0.0)
-    tile(0)[...] = _half(own)
-    tile(1)[...] = _half(
-        jnp.where(row < 32, lower[:, :16], lower[:, 32:48])
-    )  # left of the diagonal, rows of odd blocks
-    for i in range(2):
-        r.corner_s.at[fresh(r) + i][...] = _half(lower[:, i * BLOCK : (i + 1) * BLOCK])
+    beside = jnp.where((row & 16) == 16, jnp.where(row < 32, lower[:, :16], lower[:, 32:48]), 0.0)  # left of odd blocks
     x = jnp.where((row & 15) == column, 1.0, jnp.where(((row & 15) ^ column) == 1, own * -1.0, 0.0))
-    # Products with 0 and 1, since selecting halves of a register takes several instructions.
-    one_block = [jnp.where((row >> 4) == i, 1.0, 0.0).astype(jnp.float16) for i in range(4)]
-
-    def apply(x, ref, blocks, offset=0):
-        """diag(x) @ ref, where rows of block i of x meet block i + offset of ref; only these blocks."""
-        left = [x * one_block[i] for i in blocks]
-        return matmul(left, [rows(ref, i + offset) for i in blocks], shape, staged=r.helper_stage)
-
+    own, beside = _half(own), _half(beside)
     for level in (1, 2, 3):
         low = _half(x)
-        tile(2)[...] = low
-        plgpu.commit_smem()
-        merged = apply(_half(apply(low, tile(0), range(4))), tile(2), range(4))
+        merged = block_products(_half(block_products(low, own)), low)
         row, column = place(r, BLOCK)
         x = jnp.where((((row & 15) ^ column) >> level) == 1, merged * -1.0, x)
-    midway()
     low = _half(x)
-    tile(2)[...] = low
+    blocks = r.blocks_s.at[fresh(r)]
+    blocks.at[pl.ds(BLOCK, CHUNK)][...] = low
+    midway()
     plgpu.commit_smem()
-    merged = apply(_half(apply(low, tile(1), (1, 3))), tile(2), (1, 3), offset=-1)
+    above = plgpu.load(blocks.at[pl.ds(0, CHUNK)], layout=TILE)  # the block before
+    merged = block_products(_half(block_products(low, beside)), above)
     row, _ = place(r, BLOCK)
     odd = (row & 16) == 16
     left, right = jnp.where(odd, merged * -1.0, x), jnp.where(odd, x, 0.0)
-    tile(0)[...] = _half(left)
-    tile(1)[...] = _half(right)
-    plgpu.commit_smem()
     below = row >= 32
+    # above the inverse of the first half, below the corner of L that links it with the second
+    ladder = [r.ladder_s.at[fresh(r) + i] for i in range(2)]
+    for ref, tile, corner in zip(ladder, (left, right), (lower[:, :16], lower[:, 16:32]), strict=True):
+        ref[...] = _half(jnp.where(below, corner, tile))
+    plgpu.commit_smem()
     left_below, right_below = jnp.where(below, left, 0.0), jnp.where(below, right, 0.0)
     terms = [_half(left_below), _half(right_below)]
-    corner = [r.corner_s.at[fresh(r) + i] for i in range(2)]
-    links = [_half(matmul(terms, [rows(ref, 2), rows(ref, 3)], shape, staged=r.helper_stage)) for ref in corner]
-    first = matmul(links, [rows(tile(0), 0), rows(tile(0), 1)], shape, staged=r.helper_stage)
-    second = matmul(links[1], rows(tile(1), 1), shape, staged=r.helper_stage)
+    rows = lambda ref, *blocks: [ref.at[pl.ds(i * BLOCK, BLOCK)] for i in blocks]
+    links = matmuls([(terms, rows(ref, 2, 3)) for ref in ladder], shape, staged=r.helper_stage)
+    links = [_half(link) for link in links]
+    first, second = matmuls(
+        [(links, rows(ladder[0], 0, 1)), (links[1:], rows(ladder[1], 1))], shape, staged=r.helper_stage
+    )
     return [
         jnp.where(below, first * -1.0, left),
         jnp.where(below, second * -1.0, right),

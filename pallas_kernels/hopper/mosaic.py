@@ -48,9 +48,17 @@ def smem(shape, dtype):
     return plgpu.SMEM(shape, dtype, transforms=(tiling, plgpu.SwizzleTransform(swizzle)))
 
 
-def stage(dtype):
-    """Where a register operand goes when interpreting, which knows wgmma from shared memory only; None on a card."""
-    return plgpu.SMEM((CHUNK, 128), dtype) if interpreting() else None
+def stage(dtype, warpgroups=1):
+    """Where a register operand goes when interpreting, which knows wgmma from shared memory only; None on a card.
+
+    A place [C, 128] for each warpgroup.
+    """
+    return plgpu.SMEM((warpgroups, CHUNK, 128), dtype) if interpreting() else None
+
+
+def staging(ref, warpgroup):
+    """The place of a warpgroup in a `stage`, or None."""
+    return None if ref is None else ref.at[warpgroup]
 
 
 def product(acc, a, b, staged=None):
@@ -84,6 +92,18 @@ def matmul(a, b, shape, init=None, staged=None):
     else:
         out = pl.run_state(accumulate)(plgpu.ACC.init(init))
     return lax.optimization_barrier(out)
+
+
+def matmuls(jobs, shape, staged=None):
+    """[left_0 @ right_0 + left_1 @ right_1 + … for (lefts, rights) in jobs] in float32, waited for once."""
+
+    def scoped(*accs):
+        for acc, (lefts, rights) in zip(accs, jobs, strict=True):
+            for left, right in zip(lefts, rights, strict=True):
+                product(acc, left, right, staged)
+        return [plgpu.wgmma_accumulator_load(acc, wait_n=0) for acc in accs]
+
+    return lax.optimization_barrier(pl.run_scoped(scoped, *[plgpu.ACC(shape, F32) for _ in jobs]))
 
 
 def iota(axis, columns=CHUNK):
@@ -168,10 +188,9 @@ def launch(name, config, inputs, outputs, scratch, grid, state, helper):
         r.b, r.h, r.c = (lax.axis_index(axis) for axis in "bhc")
         r.first = 0 * r.b  # traced: lowering takes no constant as an index, and refuses known slices over the end
         warpgroup = lax.axis_index("warpgroup")
-        for w in range(config.writers):
-            pl.when(warpgroup == w)(lambda w=w: state(config, r, w))
-        for i in range(config.helpers):
-            pl.when(warpgroup == config.writers + i)(lambda i=i: helper(config, r, i))
+        # One program for all warpgroups of a kind: the cache of instructions is small.
+        pl.when(warpgroup < config.writers)(lambda: state(config, r, warpgroup))
+        pl.when(warpgroup >= config.writers)(lambda: helper(config, r, warpgroup - config.writers))
         # A warpgroup that ends while another still multiplies stops the kernel with an illegal instruction.
         plgpu.barrier_arrive(r.done)
         plgpu.barrier_wait(r.done)
