@@ -55,12 +55,12 @@ def _crew(writers, key_dim, save, decayed):
     As many helpers as shared memory and registers hold. A launch gives 168 to each of three warpgroups, 128 of four.
     """
     if writers == 1:
-        helpers = 2 if save else 3
+        helpers = 2 if save or decayed else 3
         return helpers, (176, 112) if key_dim == 128 and helpers == 3 else None
     if key_dim == 64:
         return 2, (136, 120)
     if save or decayed:
-        return 1, (176, 152) if save else (184, 136)
+        return 1, (176, 152) if save and decayed else None
     return 2, (168, 88)
 
 
@@ -118,11 +118,11 @@ def forward(key, query, value, vectors, documents, initial, *, scale, tied, save
     scratch = dict(
         k_s=smem((keys.slots, CHUNK, key_dim), dtype),
         q_s=smem((queries.slots, CHUNK, key_dim), dtype),
-        v_s=smem((values.slots, CHUNK, 64 * writers), dtype),
+        v_s=smem((values.slots, writers, *SQUARE), dtype),
         solve_s=smem((products.slots, CHUNK // BLOCK, CHUNK, BLOCK), dtype),
         scores_s=smem((products.slots, *SQUARE), dtype),
         erase_s=plgpu.SMEM((products.slots, CHUNK), F32),
-        stage_s=smem((writers, 2 if save else 1, *SQUARE), dtype),
+        stage_s=smem((writers, key_dim // 64 if save or decayed else 1, *SQUARE), dtype),  # the state, then the output
         gain_s=vector,
         causal_s=None if decayed or crowded else smem(SQUARE, dtype),  # 1 on and below the diagonal
         left_s=vector if decayed else None,
@@ -137,7 +137,7 @@ def forward(key, query, value, vectors, documents, initial, *, scale, tied, save
         done=plgpu.Barrier(num_arrivals=writers + helpers),
         **keys.barriers(2 + 2 * decayed + 2 * summed + 2 * masked, writers),
         **queries.barriers(1, writers),
-        **values.barriers(1, writers),
+        **values.barriers(writers, writers),
         **products.barriers(1, writers),
         scale_s=plgpu.SMEM((writers, CHUNK), F32),
         state_stage=stage(dtype, writers),
@@ -153,7 +153,8 @@ def forward(key, query, value, vectors, documents, initial, *, scale, tied, save
     )
     config = SimpleNamespace(
         chunks=chunks, group=heads // key_heads, key_dim=key_dim, writers=writers, helpers=helpers, dtype=dtype,
-        scale=scale, tied=tied, save=save, masked=masked, decayed=decayed, summed=summed, initial=initial is not None,
+        scale=scale, tied=tied, save=save, staged=save or decayed, masked=masked, decayed=decayed, summed=summed,
+        initial=initial is not None,
         exact=exact, keys=keys, queries=queries, values=values, products=products, own=tuple(own),
         registers=registers,
     )  # fmt: skip
@@ -164,9 +165,8 @@ def _state(config, r, w):
     """One state warpgroup: columns 64w … 64w+63 of the block's part of the state."""
     set_registers(config.registers and config.registers[0], config.writers + config.helpers)
     columns = pl.ds((r.c * config.writers + w) * 64, 64)
-    own = pl.ds(w * 64, 64)
     staged = staging(r.state_stage, w)
-    shape = (64, config.key_dim)
+    shape, parts = (64, config.key_dim), range(config.key_dim // 64)
     keys, queries, values, products = config.keys, config.queries, config.values, config.products
     if config.initial:
         state = plgpu.load(r.initial.at[r.b, r.h, columns], layout=TILE, optimized=False)
@@ -177,15 +177,16 @@ def _state(config, r, w):
 
     def step(n, state):
         slot, made = keys.place(n), products.place(n)
-        k_s, q_s, v_s = r.k_s.at[slot], r.q_s.at[queries.place(n)], r.v_s.at[values.place(n), :, own]
+        k_s, q_s, v_s = r.k_s.at[slot], r.q_s.at[queries.place(n)], r.v_s.at[values.place(n), w]
         rows = pl.ds(n * CHUNK, CHUNK)
         plgpu.barrier_wait(keys.full(r, n))
-        if config.save:
+        if config.staged:
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-            for part in range(config.key_dim // 64):
+            for part in parts:
                 r.stage_s.at[w, part][...] = state[:, part * 64 : (part + 1) * 64].astype(config.dtype)
             plgpu.commit_smem()
-            for part in range(config.key_dim // 64):
+        if config.save:
+            for part in parts:
                 plgpu.copy_smem_to_gmem(
                     r.stage_s.at[w, part], r.states.at[r.b, r.h, n, columns, pl.ds(part * 64, 64)], commit_group=False
                 )
@@ -201,7 +202,8 @@ def _state(config, r, w):
             rest = rest * erase()
         plgpu.barrier_wait(values.full(r, n))
         rest = plgpu.load(v_s.T, layout=TILE).astype(F32) - rest
-        plgpu.barrier_arrive(values.free(r, n))
+        if not config.save:
+            plgpu.barrier_arrive(values.free(r, n))
         if config.tied:
             plgpu.barrier_wait(products.full(r, n))
         rest = rest.astype(config.dtype)
@@ -210,36 +212,45 @@ def _state(config, r, w):
             [rest[:, i * BLOCK : (i + 1) * BLOCK] for i in blocks], [r.solve_s.at[made, i].T for i in blocks],
             SQUARE, staged=staged,
         )  # fmt: skip
+        if config.save:  # in the place of V, which all threads have read
+            plgpu.commit_smem()
+            v_s.T[...] = solved.astype(config.dtype)
+            plgpu.commit_smem()
+            plgpu.copy_smem_to_gmem(v_s, r.solved.at[r.b, rows, r.h, columns])
         update = solved
         if config.tied:
             update = solved * erase()
-        solved_low, update_low = solved.astype(config.dtype), update.astype(config.dtype)
+        update_low = update.astype(config.dtype)
         left_over = update_low  # what of it is there at the chunk's end
         if config.decayed:
             right = per_column(plgpu.load(r.right_s.at[slot], layout=COLS), SQUARE)
             left_over = (update * right).astype(config.dtype)
+        state, update_low, left_over = lax.optimization_barrier((state, update_low, left_over))
+
+        def advanced(state):
+            if config.decayed:
+                state = state * r.left_s[slot, CHUNK - 1]
+            return matmul(left_over, k_s, shape, init=state, staged=staged)
+
+        if config.staged:  # the state before is still in the stage
+            state = lax.optimization_barrier(advanced(state))
         plgpu.barrier_wait(queries.full(r, n))
-        state, solved_low, update_low, left_over = lax.optimization_barrier((state, solved_low, update_low, left_over))
         state, out = _recall(config, r, w, state, q_s, r.scale_s[w, 0])
         if config.decayed:
             out = out * left()
         out = matmul(update_low, r.scores_s.at[made].T, SQUARE, init=out, staged=staged)
         plgpu.barrier_arrive(products.free(r, n))
         plgpu.barrier_arrive(queries.free(r, n))
-        if config.decayed:
-            state = state * r.left_s[slot, CHUNK - 1]
-        new = matmul(left_over, k_s, shape, init=state, staged=staged)
+        if not config.staged:
+            state = advanced(state)
         plgpu.barrier_arrive(keys.free(r, n))
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+        if config.save:
+            plgpu.barrier_arrive(values.free(r, n))
         r.stage_s.at[w, 0].T[...] = out.astype(config.dtype)
-        if config.save:
-            r.stage_s.at[w, 1].T[...] = solved_low
         plgpu.commit_smem()
-        plgpu.copy_smem_to_gmem(r.stage_s.at[w, 0], r.output.at[r.b, rows, r.h, columns], commit_group=False)
-        if config.save:
-            plgpu.copy_smem_to_gmem(r.stage_s.at[w, 1], r.solved.at[r.b, rows, r.h, columns], commit_group=False)
-        plgpu.commit_smem_to_gmem_group()
-        return new
+        plgpu.copy_smem_to_gmem(r.stage_s.at[w, 0], r.output.at[r.b, rows, r.h, columns])
+        return state
 
     state = lax.fori_loop(0, config.chunks, step, state)
     r.final.at[r.b, r.h, columns][...] = state
@@ -247,14 +258,14 @@ def _state(config, r, w):
 
 
 def _recall(config, r, w, state, tokens, scale=None):
-    """The state as given, and (scale) Sᵀ tokensᵀ; save: the stage holds the state, unscaled.
+    """The state as given, and (scale) Sᵀ tokensᵀ; the state from the stage, where it is there, unscaled.
 
-    In registers the state is rounded half by half, and again each time: what is kept takes registers. With a scale that
-    the compiler does not know it cannot keep it.
+    From registers it is rounded half by half, and again each time: what is kept takes registers. With a scale that the
+    compiler does not know it cannot keep it.
     """
     staged, parts = staging(r.state_stage, w), range(config.key_dim // 64)
     pieces = [tokens.at[:, pl.ds(part * 64, 64)].T for part in parts]
-    if config.save:
+    if config.staged:
         out = matmul([r.stage_s.at[w, part] for part in parts], pieces, SQUARE, staged=staged)
         return state, out if scale is None or config.scale == 1 else out * config.scale
     out: Any = None
@@ -291,8 +302,10 @@ def _helper(config, r, i):
         plgpu.copy_gmem_to_smem(r.query.at[r.b, rows, head], r.q_s.at[queries.place(n)], queries.full(r, n))
 
     def load_values(n):
-        rows, columns = pl.ds(n * CHUNK, CHUNK), pl.ds(r.c * config.writers * 64, config.writers * 64)
-        plgpu.copy_gmem_to_smem(r.value.at[r.b, rows, r.h, columns], r.v_s.at[values.place(n)], values.full(r, n))
+        rows, slot, bar = pl.ds(n * CHUNK, CHUNK), values.place(n), values.full(r, n)
+        for w in range(config.writers):
+            columns = pl.ds((r.c * config.writers + w) * 64, 64)
+            plgpu.copy_gmem_to_smem(r.value.at[r.b, rows, r.h, columns], r.v_s.at[slot, w], bar)
 
     loads = (values, load_values), (queries, load_queries), (keys, load_keys)
 

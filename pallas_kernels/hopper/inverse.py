@@ -120,10 +120,10 @@ def _ladder(r, lower, midway):
         merged = block_products(_half(block_products(low, own)), low)
         row, column = place(r, BLOCK)
         x = jnp.where((((row & 15) ^ column) >> level) == 1, merged * -1.0, x)
+    midway()
     low = _half(x)
     blocks = r.blocks_s.at[fresh(r)]
     blocks.at[pl.ds(BLOCK, CHUNK)][...] = low
-    midway()
     plgpu.commit_smem()
     above = plgpu.load(blocks.at[pl.ds(0, CHUNK)], layout=TILE)  # the block before
     merged = block_products(_half(block_products(low, beside)), above)

@@ -54,7 +54,7 @@ LATE = {
         r"( +for ring, _ in loads:\n.*\n.*commit_smem.*\n)( +for ring, load in loads:\n.*\n)",
         r"\2\1",
     ),
-    "helpers": ("forward", r'f"\{name\}_\{i\}"\) for name in config', r'f"{name}_0") for name in config'),
+    "helpers": ("forward", r"staging\(getattr\(r, name\), i\)", "staging(getattr(r, name), 0)"),
     "inputs": ("backward", r"(plgpu\.barrier_wait\(r\.inputs_free\))\n( +)(pl.when.*load\(.*)", r"\3\n\2\1"),
 }
 
@@ -73,7 +73,7 @@ def test_missing_wait(races, plant):
 
 
 WRONG = {
-    "values of another chunk": ("forward", r"r\.v_s\.at\[values\.place\(n\), ", "r.v_s.at[0, "),
+    "values of another chunk": ("forward", r"r\.v_s\.at\[values\.place\(n\), w", "r.v_s.at[0, w"),
     "document border": ("forward", r"per_row\(documents\[0\], SQUARE\) == ", "per_row(documents[0], SQUARE) >= "),
     "its gradient": ("backward", r"per_row\(documents\[0\], SQUARE\) == ", "per_row(documents[0], SQUARE) >= "),
 }
