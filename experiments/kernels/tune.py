@@ -1,10 +1,12 @@
 """Measures the block sizes of the Hopper kernels on this card and writes them to pallas_kernels/hopper/blocks.json.
 
-python -m experiments.kernels.tune [--direction=decode] [--shapes=1x1x16x128x128,…] [--rounds=9] [--commit=HASH]
+python -m experiments.kernels.tune [--direction=decode|forward|both] [--shapes=1x1x16x128x128,…] [--rounds=9]
+    [--commit=HASH]
 
-Shapes are BxTxHxKxV. The candidates for a shape are timed in turns, round after round, so that a change of clocks meets
-them all. The fastest median is written, or the kernel's own choice where that is as good to within MARGIN. A run
-replaces all that the table has of this kind of device and this direction.
+Shapes are BxTxHxKxV. For decode the columns of a block are chosen; for forward, and both (forward and backward), into
+how many pieces rows are cut. The candidates for a shape are timed in turns, round after round, so that a change of
+clocks meets them all. The fastest median is written, or the kernel's own choice where that is as good to within MARGIN.
+A run replaces all that the table has of this kind of device and this direction.
 """
 
 import json
@@ -20,21 +22,52 @@ import jax.numpy as jnp
 from absl import app, flags
 
 from experiments.provenance import provenance
-from pallas_kernels.hopper import blocks
+from pallas_kernels.hopper import blocks, op, pieces
 from pallas_kernels.hopper.decode import COLUMNS, ELEMENTS, decode, default_columns
+from pallas_kernels.hopper.mosaic import CHUNK
 
-_DIRECTION = flags.DEFINE_enum("direction", "decode", ["decode"], "which kernel's blocks")
-_SHAPES = flags.DEFINE_list(
-    "shapes",
-    [f"{batch}x{length}x16x{dim}x{dim}" for dim in (64, 128, 256) for batch in (1, 16, 64, 256) for length in (1, 8)],
-    "BxTxHxKxV",
-)
+_DIRECTION = flags.DEFINE_enum("direction", "decode", ["decode", "forward", "both"], "which kernel's blocks")
+_SHAPES = flags.DEFINE_list("shapes", None, "BxTxHxKxV; by default those of the direction")
 _ROUNDS = flags.DEFINE_integer("rounds", 9, "timed rounds of every candidate", lower_bound=3)
 _COMMIT = flags.DEFINE_string("commit", None, "the commit that is measured, where there is no git to ask")
 
 MARGIN = 0.02
-STEPS = 50  # dependent steps of a timed call
+STEPS = 50  # steps, dependent for decode, of a timed call
 Shape = tuple[int, int, int, int, int]
+LONG = ["1x16384x16x128x128", "1x65536x16x128x128", "2x8192x16x128x128", "1x8192x8x128x128", "1x4096x16x128x128"]
+DECODE = [f"{batch}x{t}x16x{dim}x{dim}" for dim in (64, 128, 256) for batch in (1, 16, 64, 256) for t in (1, 8)]
+
+
+def pieces_candidates(shape: Shape) -> tuple[dict[str, int], list[dict[str, int]]]:
+    """The kernels' own choice of pieces for (B, T, H, K, V), one piece, and what is next to the own choice."""
+    batch, length, heads, _, _ = shape
+    own = pieces.fill(batch * heads, length)
+    near = {1, own, *(n for n in (own // 2, own * 2) if n > 1 and n * pieces.SHORTEST * CHUNK <= length)}
+    return dict(pieces=own), [dict(pieces=n) for n in sorted(near)]
+
+
+def pieces_program(direction: str, shape: Shape, choice: dict[str, int]) -> Callable[[], Any]:
+    """A call of the op, STEPS times; both: forward, saving, and backward."""
+    batch, length, heads, key_dim, value_dim = shape
+    draw = lambda seed, *size: jax.random.normal(jax.random.key(seed), (batch, length, heads, *size), jnp.bfloat16)
+    inputs = draw(0, key_dim), draw(1, key_dim), draw(2, value_dim), jnp.full((batch, length, heads), 0.5, jnp.float32)
+    cotangents = draw(3, value_dim), jnp.zeros((batch, heads, key_dim, value_dim), jnp.float32)
+    options = dict(scale=1.0, exact=True)
+
+    def step(query, key, value, beta, d_output, d_state):
+        rest = query, key, value, beta, None, None, None, None
+        output, _, residuals = op.forward(*rest, save=direction == "both", cut=choice["pieces"], **options)
+        return op.backward(*rest, residuals, d_output, d_state, **options)[:4] if residuals else output
+
+    run = jax.jit(step)
+
+    def call():
+        result = None
+        for _ in range(STEPS):
+            result = run(*inputs, *cotangents)
+        jax.block_until_ready(result)
+
+    return call
 
 
 def decode_candidates(shape: Shape) -> tuple[dict[str, int], list[dict[str, int]]]:
@@ -88,28 +121,38 @@ def _shape(text: str) -> Shape:
     return batch, length, heads, key_dim, value_dim
 
 
-def _facts() -> dict[str, str]:
-    facts = provenance(f"python -m experiments.kernels.tune --shapes={','.join(_SHAPES.value)}", _COMMIT.value)
+def _facts(shapes: list[str]) -> dict[str, str]:
+    command = f"python -m experiments.kernels.tune --direction={_DIRECTION.value} --shapes={','.join(shapes)}"
+    facts = provenance(command, _COMMIT.value)
     query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
     driver = subprocess.run(query, capture_output=True, text=True, check=True).stdout.split()[0]
     return facts | {"driver": driver}
 
 
+def name(choice: dict[str, int]) -> str:
+    return " ".join(f"{value} {key}" for key, value in choice.items())
+
+
 def main(argv: list[str]) -> None:
     if argv[1:]:
         raise app.UsageError(f"unknown arguments {argv[1:]}")
-    shapes = [_shape(text) for text in _SHAPES.value]
+    texts = _SHAPES.value or (DECODE if _DIRECTION.value == "decode" else LONG)
+    shapes = [_shape(text) for text in texts]
     device = jax.devices()[0]
     if getattr(device, "compute_capability", None) != "9.0":
         raise app.UsageError(f"this is {device.device_kind}; the kernels need a Hopper GPU")
-    facts, rows = _facts(), []
-    for shape in shapes:
+    if _DIRECTION.value == "decode":
+        candidates, program = decode_candidates, decode_program
+    else:
+        candidates, program = pieces_candidates, partial(pieces_program, _DIRECTION.value)
+    facts, rows = _facts(texts), []
+    for text, shape in zip(texts, shapes, strict=True):
         batch, length, heads, key_dim, value_dim = shape
-        own, choices = decode_candidates(shape)
-        seconds = measure([decode_program(shape, choice) for choice in choices], _ROUNDS.value)
+        own, choices = candidates(shape)
+        seconds = measure([program(shape, choice) for choice in choices], _ROUNDS.value)
         choice = best(own, choices, seconds)
-        times = ", ".join(f"{c['columns']}: {s * 1e6:.2f} us" for c, s in zip(choices, seconds, strict=True))
-        print(f"{'x'.join(map(str, shape))}  own {own['columns']}  {times}  -> {choice['columns']}", flush=True)
+        times = ", ".join(f"{name(c)}: {s * 1e6:.2f} us" for c, s in zip(choices, seconds, strict=True))
+        print(f"{text}  own {name(own)}  {times}  -> {name(choice)}", flush=True)
         rows.append(dict(K=key_dim, V=value_dim, BH=batch * heads, T=length, choice=choice))
     tables = dict(blocks.tables())
     kind = device.device_kind

@@ -31,7 +31,9 @@ def unsupported(dtypes, key_dim, value_dim, chunk_size):
     return None
 
 
-def forward(query, key, value, erase, write, log_decay, initial_state, documents, *, scale, save, exact=False):
+def forward(
+    query, key, value, erase, write, log_decay, initial_state, documents, *, scale, save, exact=False, cut=None
+):
     """Output, final state and the residuals of `backward`.
 
     Args:
@@ -43,6 +45,7 @@ def forward(query, key, value, erase, write, log_decay, initial_state, documents
         save: whether to return residuals; else ().
         exact: erase and write are (1 - e^{-βλ})/λ with λ = ‖k‖², made in the kernel; in XLA that reads the keys once
             more, and its gradient reads them and writes theirs again. No log_decay then: write would be another number.
+        cut: into how many pieces to cut the rows; None leaves that to `pieces.count`.
 
     A few tokens after a given state go one by one, with the state in registers (speculative decoding), unless they are
     to be differentiated.
@@ -55,7 +58,9 @@ def forward(query, key, value, erase, write, log_decay, initial_state, documents
     tied = write is None
     if not tied:
         value = (write[..., None] * value).astype(value.dtype)
-    cut = pieces.count("forward", value.shape[0] * value.shape[2], length, key_dim, value_dim)
+    if cut is None:
+        direction = "both" if save else "forward"
+        cut = pieces.count(direction, value.shape[0] * value.shape[2], length, key_dim, value_dim)
     query, key, value = _padded(query, key, value, cut=cut)
     vectors, documents = _vectors(erase, log_decay, documents, cut)
     initial = _transposed(initial_state, key.shape[-1], value.shape[-1])

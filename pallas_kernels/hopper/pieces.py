@@ -16,10 +16,18 @@ SHORTEST = 4  # chunks of a piece
 
 
 def count(direction: str, heads: int, length: int, key_dim: int, value_dim: int) -> int:
-    """Into how many pieces to cut rows of `length` tokens for B·H = heads: as measured, else by what fills the card."""
+    """Into how many pieces to cut rows of `length` tokens for B·H = heads: as measured, else by what fills the card.
+
+    direction: "forward", or "both" where a backward pass follows.
+    """
     measured = blocks.lookup(direction, key_dim, value_dim, heads, length).get("pieces")
     if measured is not None:
         return measured
+    return fill(heads, length)
+
+
+def fill(heads: int, length: int) -> int:
+    """As many pieces as fill the card, where they pay."""
     pieces = 1
     while 2 * pieces * heads <= PROCESSORS and length >= 2 * pieces * SHORTEST * CHUNK:
         pieces *= 2

@@ -4,6 +4,8 @@ wgmma shares its right operand among the four warps of a warpgroup and is waited
 blocks with `mma.sync`. Pallas's `plgpu.mma` would share the right operand too, so the instructions are written here.
 """
 
+from typing import Any
+
 import jax
 import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
@@ -34,12 +36,12 @@ def _block_products(_, x, y):
     is transposed.
     """
     i32, f32 = ir.IntegerType.get_signless(32), ir.F32Type.get()
-    left = [mgpu.utils.bitcast(register, i32) for register in x.registers.flat]
-    right = [_transposed(mgpu.utils.bitcast(register, i32)) for register in y.registers.flat]
-    zero = mgpu.c(0.0, f32)
+    left: list[Any] = [mgpu.utils.bitcast(register, i32) for register in x.registers.flat]
+    right: list[Any] = [_transposed(mgpu.utils.bitcast(register, i32)) for register in y.registers.flat]
+    zero: Any = mgpu.c(0.0, f32)
     out = []
     for half in right[:2], right[2:]:  # eight columns each
-        four = llvm.inline_asm(
+        four: Any = llvm.inline_asm(
             ir.Type.parse("!llvm.struct<(f32, f32, f32, f32)>"),
             [*left, *half, zero],
             "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 "
@@ -53,7 +55,7 @@ def _block_products(_, x, y):
     )
 
 
-def _transposed(quarter):
+def _transposed(quarter: Any) -> Any:
     """An 8×8 matrix of 16-bit numbers that the threads of a warp hold two neighbours each of."""
     i32 = ir.IntegerType.get_signless(32)
     return llvm.inline_asm(i32, [quarter], "movmatrix.sync.aligned.m8n8.trans.b16 $0, $1;", "=r,r")
@@ -61,7 +63,8 @@ def _transposed(quarter):
 
 def _pair(first, second):
     i32 = ir.IntegerType.get_signless(32)
-    pair = llvm.mlir_undef(ir.VectorType.get((2,), first.type))
-    for i, number in enumerate((first, second)):
-        pair = llvm.insertelement(pair, number, position=mgpu.c(i, i32))
+    pair: Any = llvm.mlir_undef(ir.VectorType.get((2,), first.type))
+    positions: list[Any] = [mgpu.c(i, i32) for i in range(2)]
+    for number, position in zip((first, second), positions, strict=True):
+        pair = llvm.insertelement(pair, number, position=position)
     return pair
