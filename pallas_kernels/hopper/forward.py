@@ -58,7 +58,7 @@ def _crew(writers, key_dim, save, decayed):
         helpers = 2 if save or decayed else 3
         return helpers, (176, 112) if key_dim == 128 and helpers == 3 else None
     if key_dim == 64:
-        return 2, (136, 120)
+        return 2, None
     if save or decayed:
         return 1, (176, 152) if save and decayed else None
     return 2, (168, 88)
