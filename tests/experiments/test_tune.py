@@ -29,9 +29,13 @@ def test_own_choice_is_a_candidate(shape):
 
 @pytest.mark.parametrize(
     ("shape", "own", "all_of_them"),
-    [((1, 16384, 16, 64, 64), 8, {1, 4, 8, 16}), ((1, 2048, 16, 64, 64), 8, {1, 4, 8}), ((8, 2048, 16, 64, 64), 1, {1, 2})],
+    [
+        ((1, 16384, 16, 64, 64), 8, {1, 4, 8, 16}),
+        ((1, 2048, 16, 64, 64), 8, {1, 4, 8}),
+        ((8, 2048, 16, 64, 64), 1, {1, 2}),
+    ],
     ids=str,
-)  # fmt: skip
+)
 def test_pieces_around_the_own_choice(shape, own, all_of_them):
     """Neighbours, but no piece shorter than `pieces.SHORTEST` chunks."""
     assert tune.pieces_candidates(shape) == (dict(pieces=own), [dict(pieces=n) for n in sorted(all_of_them)])

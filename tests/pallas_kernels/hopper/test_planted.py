@@ -62,8 +62,12 @@ LATE = {
 @pytest.mark.parametrize(("name", "old", "new"), LATE.values(), ids=LATE)
 def test_late_wait(races, plant, name, old, new):
     plant(name, old, new)
-    results()
-    assert any(state.races_found for state in races)
+    failure = ""
+    try:  # a race, or a phase that ends before the one before it was seen: which comes first is a matter of chance
+        results()
+    except jax.errors.JaxRuntimeError as error:
+        failure = str(error)
+    assert "no threads observed phase" in failure or any(state.races_found for state in races)
 
 
 def test_missing_wait(races, plant):
