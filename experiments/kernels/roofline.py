@@ -119,7 +119,8 @@ class Products:
 @dataclass(frozen=True)
 class Kernel:
     """A kernel as data: the arrays that it reads and writes, what it writes besides for a backward pass, its products,
-    and what its blocks of threads are: one per "head" of a row, "columns" of a head's state, or "chunk"."""
+    and what its blocks of threads are: one per "head" of a row, "columns" of a head's state, "chunk", or "either":
+    "columns" where they all run side by side, else "head"."""
 
     name: str
     reads: tuple[str, ...]
@@ -139,8 +140,10 @@ class Kernel:
 
     def busy(self, shape: Shape, device: Device) -> float:
         """The share of the multiprocessors that have a block at all."""
-        per_head = {"head": 1, "columns": -(-shape.value_dim // COLUMNS), "chunk": -(-shape.length // CHUNK)}
-        return min(1.0, shape.batch * shape.heads * per_head[self.blocks] / device.multiprocessors)
+        heads, columns = shape.batch * shape.heads, -(-shape.value_dim // COLUMNS)
+        either = columns if heads * columns <= device.multiprocessors else 1
+        per_head = {"head": 1, "columns": columns, "chunk": -(-shape.length // CHUNK), "either": either}
+        return min(1.0, heads * per_head[self.blocks] / device.multiprocessors)
 
     def seconds(self, shape: Shape, device: Device, *, saving: bool = False) -> tuple[float, float]:
         """Least time for (memory, tensor cores)."""
@@ -170,14 +173,15 @@ _SCAN = Kernel(
     "columns",
     saves=("states",),
 )
-# The inverse in blocks of 16 that lie side by side: three merges of [C, 16] by [C, C], then two of blocks alone.
-_FUSED_INVERSE = 3 * 2 / 4 + 4 / 16 + 7 / 16
+# The inverse by blocks of 16: three merges within the four diagonal ones and one of neighbours, two products each, then
+# the links of the lower left half.
+_FUSED_INVERSE = 3 * 2 / 16 + 2 / 16 + 7 / 16
 _FUSED = Kernel(
     "forward",
     ("q", "k", "v", "erase", "write", "decay", "initial"),
     ("o", "final"),
     Products(ckv=3, cck=2, ccv=2, ccc=_FUSED_INVERSE),
-    "head",
+    "either",
     saves=("states", "T", "U"),
 )
 # K dS, Qᵀ dO, Kᵀ X, dO Sᵀ, U dSᵀ, Y Sᵀ; Q Kᵀ, dP K, dPᵀ Q, Z K, Zᵀ K; Pᵀ dO, Tᵀ dU, dO Uᵀ, Y Uᵀ

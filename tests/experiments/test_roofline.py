@@ -151,3 +151,11 @@ def test_malformed_shape_is_refused(text):
 def test_key_heads_that_do_not_divide_the_heads_are_refused(key_heads):
     with pytest.raises(ValueError, match="key_heads"):
         parse_shape("1,64,16,128,128", key_heads)
+
+
+@pytest.mark.parametrize(("batch", "busy"), [(8, 128 / 132), (4, 128 / 132), (5, 80 / 132), (1, 32 / 132)])
+def test_columns_where_they_fit(batch, busy):
+    """16 heads of 128 columns a row: two blocks of threads each, unless they would not all run at once."""
+    kernel = roofline.DESIGNS["fused"].forward[0]
+    shape = roofline.Shape(batch, 2048, 16, 128, 128)
+    assert kernel.busy(shape, roofline.DEVICES["H100"]) == pytest.approx(busy)
