@@ -156,6 +156,6 @@ def test_key_heads_that_do_not_divide_the_heads_are_refused(key_heads):
 @pytest.mark.parametrize(("batch", "busy"), [(8, 128 / 132), (4, 128 / 132), (5, 80 / 132), (1, 32 / 132)])
 def test_columns_where_they_fit(batch, busy):
     """16 heads of 128 columns a row: two blocks of threads each, unless they would not all run at once."""
-    kernel = roofline.DESIGNS["fused"].forward[0]
-    shape = roofline.Shape(batch, 2048, 16, 128, 128)
-    assert kernel.busy(shape, roofline.DEVICES["H100"]) == pytest.approx(busy)
+    kernel = DESIGNS["fused"].forward[0]
+    shape = Shape(batch, 2048, 16, 128, 128)
+    assert kernel.busy(shape, DEVICES["H100"]) == pytest.approx(busy)
