@@ -84,7 +84,8 @@ def placed(inputs, mesh):
     return {name: jax.device_put(x, NamedSharding(mesh, spec_of(name))) for name, x in inputs.items()}
 
 
-def mesh_of(kind, shape=(2, 2)):
+def mesh_of(kind, shape):
+    """Of two devices: each warpgroup of each device blocks a thread of the interpreter's, which has eight."""
     size = shape[0] * shape[1]
     return jax.make_mesh(shape, ("data", "tensor"), axis_types=(kind,) * 2, devices=jax.devices()[:size])
 
@@ -94,10 +95,11 @@ def gathers(text):
 
 
 @on_devices
+@pytest.mark.parametrize("shape", [(2, 1), (1, 2)], ids=["batch", "heads"])
 @pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit], ids=["auto", "explicit"])
-def test_sharded(kind):
-    """Batch and heads on 2 x 2 devices: each device runs its own share, and nothing is gathered."""
-    mesh = mesh_of(kind)
+def test_sharded(kind, shape):
+    """Batch or heads on two devices: each device runs its own share, and nothing is gathered."""
+    mesh = mesh_of(kind, shape)
     options = dict(partition_spec=SPEC) if kind == AxisType.Auto else {}
     op = functools.partial(attend, **options)
     inputs = placed(inputs_of(), mesh)
