@@ -129,7 +129,7 @@ def _facts(shapes: list[str]) -> dict[str, str]:
     return facts | {"driver": driver}
 
 
-def name(choice: dict[str, int]) -> str:
+def label(choice: dict[str, int]) -> str:
     return " ".join(f"{value} {key}" for key, value in choice.items())
 
 
@@ -151,8 +151,8 @@ def main(argv: list[str]) -> None:
         own, choices = candidates(shape)
         seconds = measure([program(shape, choice) for choice in choices], _ROUNDS.value)
         choice = best(own, choices, seconds)
-        times = ", ".join(f"{name(c)}: {s * 1e6:.2f} us" for c, s in zip(choices, seconds, strict=True))
-        print(f"{text}  own {name(own)}  {times}  -> {name(choice)}", flush=True)
+        times = ", ".join(f"{label(c)}: {s * 1e6:.2f} us" for c, s in zip(choices, seconds, strict=True))
+        print(f"{text}  own {label(own)}  {times}  -> {label(choice)}", flush=True)
         rows.append(dict(K=key_dim, V=value_dim, BH=batch * heads, T=length, choice=choice))
     tables = dict(blocks.tables())
     kind = device.device_kind

@@ -32,11 +32,13 @@ from pallas_kernels.hopper.mosaic import (
     TILE,
     launch,
     matmul,
+    part_of,
     per_column,
     per_row,
+    place,
     smem,
     stage,
-    staging,
+    write_numbers,
 )
 
 # φ₁'(x) = -Σ (n+1)(-x)ⁿ/(n+2)!, exact to float32 for x < 1/2
@@ -143,7 +145,7 @@ def backward(query, key, d_output, saved, vectors, documents, d_final, *, scale,
 def _state(config, r, w):
     """One state warpgroup: columns 64w … 64w+63 of dS."""
     columns = pl.ds(w * 64, 64)
-    staged = staging(r.state_stage, w)
+    staged = part_of(r.state_stage, w)
     shape = (64, config.key_dim)
     if config.given:
         d_state = plgpu.load(r.d_final.at[r.b, r.h, columns], layout=TILE, optimized=False)
@@ -185,7 +187,7 @@ def _state(config, r, w):
 
 def _helper(config, r, i):
     """The helper warpgroup: copies, P, and everything that leaves the chunk but dS."""
-    r = SimpleNamespace(**r.__dict__ | dict(helper_stage=staging(r.helper_stage, i)))
+    r = SimpleNamespace(**r.__dict__ | dict(helper_stage=part_of(r.helper_stage, i)))
     head = lax.div(r.h, config.group)
     vectors = ("erase_c", "erase_r", "beta_r", "square_r", "left_c", "left_r", "right_c", "right_r", "sums_r", "sums_c")
 
@@ -206,8 +208,7 @@ def _helper(config, r, i):
             target = getattr(r, name)
             plgpu.copy_gmem_to_smem(source, target.at[r.first] if name in sources else target, r.full)
 
-    r.numbers_r[...] = plgpu.broadcasted_iota(jnp.int32, (CHUNK,), 0, layout=ROWS)
-    r.numbers_c[...] = plgpu.broadcasted_iota(jnp.int32, (CHUNK,), 0, layout=COLS)
+    write_numbers(r)
     load(config.chunks - 1 + r.first)
 
     def step(i, carry):
@@ -237,15 +238,9 @@ def _tiles(r):
     return SimpleNamespace(**{name: getattr(r, name).at[zero] for name in names})
 
 
-def _place(r):
-    """Row and column numbers of a square. Loaded: made from the thread's number, they would be kept in registers."""
-    rows, columns = plgpu.load(r.numbers_r, layout=ROWS), plgpu.load(r.numbers_c, layout=COLS)
-    return per_row(rows, SQUARE), per_column(columns, SQUARE)
-
-
 def _pairs(config, r, x, strict=False):
     """tril(D∘x), or below the diagonal only."""
-    row, column = _place(r)
+    row, column = place(r)
     keep = row > column if strict else row >= column
     if config.masked:
         documents = plgpu.load(r.documents_r, layout=ROWS), plgpu.load(r.documents_c, layout=COLS)
@@ -313,7 +308,7 @@ def _keys(config, r, n):
         z = z * _rows(r.erase_r)
     z = _pairs(config, r, z, strict=True)
     if diagonal is not None:  # Z and Zᵀ both multiply K, so that the key's part in λ comes for free
-        row, column = _place(r)
+        row, column = place(r)
         z = lax.optimization_barrier(jnp.where(row == column, per_row(diagonal, SQUARE), z))
     z_low = z.astype(config.dtype)
     s.p_s[...] = z_low

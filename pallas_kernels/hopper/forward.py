@@ -27,7 +27,7 @@ import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax import lax
 
-from pallas_kernels.hopper.inverse import BLOCK, fresh, place, write_inverse
+from pallas_kernels.hopper.inverse import BLOCK, fresh, write_inverse
 from pallas_kernels.hopper.mosaic import (
     CHUNK,
     COLS,
@@ -40,28 +40,31 @@ from pallas_kernels.hopper.mosaic import (
     iota,
     launch,
     matmul,
+    part_of,
     per_column,
     per_row,
+    place,
     set_registers,
     smem,
     stage,
-    staging,
+    write_numbers,
 )
 
 
 def _crew(writers, key_dim, save, decayed):
-    """Helpers, and the registers of a thread of state warpgroups and of helpers; None for as many as a launch gives.
+    """(helpers, registers of a thread of state warpgroups, and of helpers); None for as many as a launch gives.
 
     As many helpers as shared memory and registers hold. A launch gives 168 to each of three warpgroups, 128 of four.
     """
     if writers == 1:
-        helpers = 2 if save or decayed else 3
-        return helpers, (176, 112) if key_dim == 128 and helpers == 3 else None
+        if save or decayed:
+            return 2, None, None
+        return (3, 176, 112) if key_dim == 128 else (3, None, None)
     if key_dim == 64:
-        return 2, None
+        return 2, None, None
     if save or decayed:
-        return 1, (176, 152) if save and decayed else None
-    return 2, (168, 88)
+        return (1, 176, 152) if save and decayed else (1, None, None)
+    return 2, 168, 88
 
 
 def forward(key, query, value, vectors, documents, initial, *, scale, tied, save, exact=False):
@@ -87,7 +90,7 @@ def forward(key, query, value, vectors, documents, initial, *, scale, tied, save
     chunks = pl.cdiv(length, CHUNK)
     splits = value_dim // 64 if batch * heads * (value_dim // 64) <= PROCESSORS else 1
     writers = value_dim // 64 // splits
-    helpers, registers = _crew(writers, key_dim, save, "left" in vectors)
+    helpers, state_registers, helper_registers = _crew(writers, key_dim, save, "left" in vectors)
     dtype = value.dtype
     masked = documents is not None
     inputs = dict(query=query, key=key, value=value, **{f"{name}_v": x for name, x in vectors.items()})
@@ -156,16 +159,16 @@ def forward(key, query, value, vectors, documents, initial, *, scale, tied, save
         scale=scale, tied=tied, save=save, staged=save or decayed, masked=masked, decayed=decayed, summed=summed,
         initial=initial is not None,
         exact=exact, keys=keys, queries=queries, values=values, products=products, own=tuple(own),
-        registers=registers,
+        state_registers=state_registers, helper_registers=helper_registers,
     )  # fmt: skip
     return launch("efla_forward", config, inputs, outputs, scratch | own, (batch, heads, splits), _state, _helper)
 
 
 def _state(config, r, w):
     """One state warpgroup: columns 64w … 64w+63 of the block's part of the state."""
-    set_registers(config.registers and config.registers[0], config.writers + config.helpers)
+    set_registers(config.state_registers, config.writers + config.helpers)
     columns = pl.ds((r.c * config.writers + w) * 64, 64)
-    staged = staging(r.state_stage, w)
+    staged = part_of(r.state_stage, w)
     shape, parts = (64, config.key_dim), range(config.key_dim // 64)
     keys, queries, values, products = config.keys, config.queries, config.values, config.products
     if config.initial:
@@ -263,7 +266,7 @@ def _recall(config, r, w, state, tokens, scale=None):
     From registers it is rounded half by half, and again each time: what is kept takes registers. With a scale that the
     compiler does not know it cannot keep it.
     """
-    staged, parts = staging(r.state_stage, w), range(config.key_dim // 64)
+    staged, parts = part_of(r.state_stage, w), range(config.key_dim // 64)
     pieces = [tokens.at[:, pl.ds(part * 64, 64)].T for part in parts]
     if config.staged:
         out = matmul([r.stage_s.at[w, part] for part in parts], pieces, SQUARE, staged=staged)
@@ -279,8 +282,8 @@ def _recall(config, r, w, state, tokens, scale=None):
 
 def _helper(config, r, i):
     """A helper warpgroup: copies, the inverse and the scores of chunks i, i + helpers, …, ahead of the state."""
-    set_registers(config.registers and config.registers[1], config.writers + config.helpers)
-    own = {name: staging(getattr(r, name), i) for name in config.own}
+    set_registers(config.helper_registers, config.writers + config.helpers)
+    own = {name: part_of(getattr(r, name), i) for name in config.own}
     r = SimpleNamespace(**r.__dict__ | own)
     head = lax.div(r.h, config.group)
     keys, queries, values, products = config.keys, config.queries, config.values, config.products
@@ -323,8 +326,7 @@ def _helper(config, r, i):
     @pl.when(i == 0)
     def _():
         # before the copies, after which the other helpers wait
-        r.numbers_r[...] = plgpu.broadcasted_iota(jnp.int32, (CHUNK,), 0, layout=ROWS)
-        r.numbers_c[...] = plgpu.broadcasted_iota(jnp.int32, (CHUNK,), 0, layout=COLS)
+        write_numbers(r)
         if r.causal_s is not None:
             r.causal_s[...] = jnp.where(iota(0) >= iota(1), 1.0, 0.0).astype(config.dtype)
         plgpu.commit_smem()

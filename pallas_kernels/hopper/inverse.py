@@ -10,7 +10,7 @@ import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax import lax
 
-from pallas_kernels.hopper.mosaic import CHUNK, COLS, ROWS, SQUARE, TILE, matmul, matmuls, per_column, per_row
+from pallas_kernels.hopper.mosaic import CHUNK, COLS, ROWS, SQUARE, TILE, matmul, matmuls, per_column, per_row, place
 from pallas_kernels.hopper.warps import BLOCK, block_products
 
 STRONG = 1 / 32  # of cλ, see write_inverse
@@ -20,13 +20,6 @@ def fresh(r):
     """A zero that the compiler cannot know. Masks and addresses made from it live only where they are used; else they
     would be made once, before the loop, and take the tiles' registers."""
     return r.numbers_r[0]
-
-
-def place(r, columns=CHUNK):
-    """Row and column numbers of a tile. Loaded: made from the thread's number, they would be kept in registers."""
-    shape = (CHUNK, columns)
-    rows = plgpu.load(r.numbers_r, layout=ROWS)
-    return per_row(rows, shape), per_column(plgpu.load(r.numbers_c, layout=COLS)[:columns], shape)
 
 
 def write_inverse(config, r, slot, made, decay, midway):

@@ -56,8 +56,8 @@ def stage(dtype, warpgroups=1):
     return plgpu.SMEM((warpgroups, CHUNK, 128), dtype) if interpreting() else None
 
 
-def staging(ref, warpgroup):
-    """The place of a warpgroup in a `stage`, or None."""
+def part_of(ref, warpgroup):
+    """What of ref, which has a place for each warpgroup, is this one's; None of None."""
     return None if ref is None else ref.at[warpgroup]
 
 
@@ -81,17 +81,10 @@ def matmul(a, b, shape, init=None, staged=None):
         for left, right in pairs:
             product(acc, left, right, staged)
 
-    def scoped(acc):
-        accumulate(acc)
-        return plgpu.wgmma_accumulator_load(acc, wait_n=0)
-
-    if init is None:
-        out = pl.run_scoped(scoped, plgpu.ACC(shape, F32))
-    elif staged is not None:  # the interpreter knows no accumulator with a first value
-        out = init + pl.run_scoped(scoped, plgpu.ACC(shape, F32))
-    else:
-        out = pl.run_state(accumulate)(plgpu.ACC.init(init))
-    return lax.optimization_barrier(out)
+    if init is not None and staged is None:
+        return lax.optimization_barrier(pl.run_state(accumulate)(plgpu.ACC.init(init)))
+    (out,) = matmuls([tuple(zip(*pairs, strict=True))], shape, staged)
+    return out if init is None else init + out  # the interpreter knows no accumulator with a first value
 
 
 def matmuls(jobs, shape, staged=None):
@@ -119,6 +112,19 @@ def per_row(x, shape):
 def per_column(x, shape):
     """x [columns] in COLS layout over a tile."""
     return lax.broadcast_in_dim(x, shape, [1])
+
+
+def write_numbers(r):
+    """0 … 63 to r.numbers_r and r.numbers_c, for `place`; the first of them is a zero that no compiler knows."""
+    r.numbers_r[...] = plgpu.broadcasted_iota(jnp.int32, (CHUNK,), 0, layout=ROWS)
+    r.numbers_c[...] = plgpu.broadcasted_iota(jnp.int32, (CHUNK,), 0, layout=COLS)
+
+
+def place(r, columns=CHUNK):
+    """Row and column numbers of a tile. Loaded: made from the thread's number, they would be kept in registers."""
+    shape = (CHUNK, columns)
+    rows = plgpu.load(r.numbers_r, layout=ROWS)
+    return per_row(rows, shape), per_column(plgpu.load(r.numbers_c, layout=COLS)[:columns], shape)
 
 
 def store(ref, value):

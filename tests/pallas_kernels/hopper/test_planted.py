@@ -54,7 +54,7 @@ LATE = {
         r"( +for ring, _ in loads:\n.*\n.*commit_smem.*\n)( +for ring, load in loads:\n.*\n)",
         r"\2\1",
     ),
-    "helpers": ("forward", r"staging\(getattr\(r, name\), i\)", "staging(getattr(r, name), 0)"),
+    "helpers": ("forward", r"part_of\(getattr\(r, name\), i\)", "part_of(getattr(r, name), 0)"),
     "inputs": ("backward", r"(plgpu\.barrier_wait\(r\.inputs_free\))\n( +)(pl.when.*load\(.*)", r"\3\n\2\1"),
 }
 
