@@ -169,7 +169,7 @@ def _state(config, r, w):
     set_registers(config.state_registers, config.writers + config.helpers)
     columns = pl.ds((r.c * config.writers + w) * 64, 64)
     staged = part_of(r.state_stage, w)
-    shape, parts = (64, config.key_dim), range(config.key_dim // 64)
+    shape = 64, config.key_dim
     keys, queries, values, products = config.keys, config.queries, config.values, config.products
     if config.initial:
         state = plgpu.load(r.initial.at[r.b, r.h, columns], layout=TILE, optimized=False)
@@ -179,55 +179,13 @@ def _state(config, r, w):
     plgpu.commit_smem()
 
     def step(n, state):
-        slot, made = keys.place(n), products.place(n)
-        k_s, q_s, v_s = r.k_s.at[slot], r.q_s.at[queries.place(n)], r.v_s.at[values.place(n), w]
-        rows = pl.ds(n * CHUNK, CHUNK)
-        plgpu.barrier_wait(keys.full(r, n))
-        if config.staged:
-            plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-            for part in parts:
-                r.stage_s.at[w, part][...] = state[:, part * 64 : (part + 1) * 64].astype(config.dtype)
-            plgpu.commit_smem()
-        if config.save:
-            for part in parts:
-                plgpu.copy_smem_to_gmem(
-                    r.stage_s.at[w, part], r.states.at[r.b, r.h, n, columns, pl.ds(part * 64, 64)], commit_group=False
-                )
-            plgpu.commit_smem_to_gmem_group()
+        slot, scores_s = keys.place(n), r.scores_s.at[products.place(n)]
+        k_s, q_s = r.k_s.at[slot], r.q_s.at[queries.place(n)]
         left = lambda: per_column(plgpu.load(r.left_s.at[slot], layout=COLS), SQUARE)
-
-        state, rest = _recall(config, r, w, state, k_s)
-        if config.decayed:
-            rest = rest * left()
-        erase = lambda: per_column(plgpu.load(r.erase_s.at[made], layout=COLS), SQUARE)
-        if not config.tied:
-            plgpu.barrier_wait(products.full(r, n))
-            rest = rest * erase()
-        plgpu.barrier_wait(values.full(r, n))
-        rest = plgpu.load(v_s.T, layout=TILE).astype(F32) - rest
-        if not config.save:
-            plgpu.barrier_arrive(values.free(r, n))
-        if config.tied:
-            plgpu.barrier_wait(products.full(r, n))
-        rest = rest.astype(config.dtype)
-        blocks = range(CHUNK // BLOCK)
-        solved = matmul(
-            [rest[:, i * BLOCK : (i + 1) * BLOCK] for i in blocks], [r.solve_s.at[made, i].T for i in blocks],
-            SQUARE, staged=staged,
-        )  # fmt: skip
-        if config.save:  # in the place of V, which all threads have read
-            plgpu.commit_smem()
-            v_s.T[...] = solved.astype(config.dtype)
-            plgpu.commit_smem()
-            plgpu.copy_smem_to_gmem(v_s, r.solved.at[r.b, rows, r.h, columns])
-        update = solved
-        if config.tied:
-            update = solved * erase()
-        update_low = update.astype(config.dtype)
-        left_over = update_low  # what of it is there at the chunk's end
-        if config.decayed:
-            right = per_column(plgpu.load(r.right_s.at[slot], layout=COLS), SQUARE)
-            left_over = (update * right).astype(config.dtype)
+        plgpu.barrier_wait(keys.full(r, n))
+        _to_stage(config, r, w, n, columns, state)
+        state, recalled = _recall(config, r, w, state, k_s)
+        update_low, left_over = _update(config, r, w, n, columns, recalled * left() if config.decayed else recalled)
         state, update_low, left_over = lax.optimization_barrier((state, update_low, left_over))
 
         def advanced(state):
@@ -241,23 +199,72 @@ def _state(config, r, w):
         state, out = _recall(config, r, w, state, q_s, r.scale_s[w, 0])
         if config.decayed:
             out = out * left()
-        out = matmul(update_low, r.scores_s.at[made].T, SQUARE, init=out, staged=staged)
+        out = matmul(update_low, scores_s.T, SQUARE, init=out, staged=staged)
         plgpu.barrier_arrive(products.free(r, n))
         plgpu.barrier_arrive(queries.free(r, n))
         if not config.staged:
             state = advanced(state)
         plgpu.barrier_arrive(keys.free(r, n))
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-        if config.save:
+        if config.save:  # E has left the place of V
             plgpu.barrier_arrive(values.free(r, n))
         r.stage_s.at[w, 0].T[...] = out.astype(config.dtype)
         plgpu.commit_smem()
-        plgpu.copy_smem_to_gmem(r.stage_s.at[w, 0], r.output.at[r.b, rows, r.h, columns])
+        plgpu.copy_smem_to_gmem(r.stage_s.at[w, 0], r.output.at[r.b, pl.ds(n * CHUNK, CHUNK), r.h, columns])
         return state
 
     state = lax.fori_loop(0, config.chunks, step, state)
     r.final.at[r.b, r.h, columns][...] = state
     plgpu.wait_smem_to_gmem(0)
+
+
+def _to_stage(config, r, w, n, columns, state):
+    """The state rounded, to the stage if it is used from there, and from the stage to device memory if it is saved."""
+    parts = range(config.key_dim // 64)
+    if config.staged:
+        plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+        for part in parts:
+            r.stage_s.at[w, part][...] = state[:, part * 64 : (part + 1) * 64].astype(config.dtype)
+        plgpu.commit_smem()
+    if config.save:
+        for part in parts:
+            target = r.states.at[r.b, r.h, n, columns, pl.ds(part * 64, 64)]
+            plgpu.copy_smem_to_gmem(r.stage_s.at[w, part], target, commit_group=False)
+        plgpu.commit_smem_to_gmem_group()
+
+
+def _update(config, r, w, n, columns, recalled):
+    """Uᵀ rounded, and what of it is there at the chunk's end, of the values and what the keys recall."""
+    values, products = config.values, config.products
+    slot, made, v_s = config.keys.place(n), products.place(n), r.v_s.at[values.place(n), w]
+    erase = lambda: per_column(plgpu.load(r.erase_s.at[made], layout=COLS), SQUARE)
+    if not config.tied:
+        plgpu.barrier_wait(products.full(r, n))
+        recalled = recalled * erase()
+    plgpu.barrier_wait(values.full(r, n))
+    rest = plgpu.load(v_s.T, layout=TILE).astype(F32) - recalled
+    if not config.save:
+        plgpu.barrier_arrive(values.free(r, n))
+    if config.tied:
+        plgpu.barrier_wait(products.full(r, n))
+    rest = rest.astype(config.dtype)
+    blocks = range(CHUNK // BLOCK)
+    update = matmul(
+        [rest[:, i * BLOCK : (i + 1) * BLOCK] for i in blocks], [r.solve_s.at[made, i].T for i in blocks],
+        SQUARE, staged=part_of(r.state_stage, w),
+    )  # fmt: skip
+    if config.save:  # in the place of V, which all threads have read
+        plgpu.commit_smem()
+        v_s.T[...] = update.astype(config.dtype)
+        plgpu.commit_smem()
+        plgpu.copy_smem_to_gmem(v_s, r.solved.at[r.b, pl.ds(n * CHUNK, CHUNK), r.h, columns])
+    if config.tied:
+        update = update * erase()
+    low = update.astype(config.dtype)
+    if not config.decayed:
+        return low, low
+    right = per_column(plgpu.load(r.right_s.at[slot], layout=COLS), SQUARE)
+    return low, (update * right).astype(config.dtype)
 
 
 def _recall(config, r, w, state, tokens, scale=None):
@@ -280,13 +287,10 @@ def _recall(config, r, w, state, tokens, scale=None):
     return state, out
 
 
-def _helper(config, r, i):
-    """A helper warpgroup: copies, the inverse and the scores of chunks i, i + helpers, …, ahead of the state."""
-    set_registers(config.helper_registers, config.writers + config.helpers)
-    own = {name: part_of(getattr(r, name), i) for name in config.own}
-    r = SimpleNamespace(**r.__dict__ | own)
+def _loads(config, r):
+    """(ring, function of n that sends for what of chunk n goes through it), in the order in which places get free."""
     head = lax.div(r.h, config.group)
-    keys, queries, values, products = config.keys, config.queries, config.values, config.products
+    keys, queries, values = config.keys, config.queries, config.values
 
     def load_keys(n):
         rows, slot, bar = pl.ds(n * CHUNK, CHUNK), keys.place(n), keys.full(r, n)
@@ -310,7 +314,16 @@ def _helper(config, r, i):
             columns = pl.ds((r.c * config.writers + w) * 64, 64)
             plgpu.copy_gmem_to_smem(r.value.at[r.b, rows, r.h, columns], r.v_s.at[slot, w], bar)
 
-    loads = (values, load_values), (queries, load_queries), (keys, load_keys)
+    return (values, load_values), (queries, load_queries), (keys, load_keys)
+
+
+def _helper(config, r, i):
+    """A helper warpgroup: copies, the inverse and the scores of chunks i, i + helpers, …, ahead of the state."""
+    set_registers(config.helper_registers, config.writers + config.helpers)
+    own = {name: part_of(getattr(r, name), i) for name in config.own}
+    r = SimpleNamespace(**r.__dict__ | own)
+    keys, products = config.keys, config.products
+    loads = _loads(config, r)
 
     def recycle(n):
         """The places of chunk n, one of its own, to later chunks."""
