@@ -24,13 +24,26 @@ def variants() -> Iterator[Variant]:
         yield from _both_ways(name, _arrays(key_dim, value_dim, **options))
         if tied and not decay:
             yield from _both_ways(f"{name}-exact", _arrays(key_dim, value_dim, **options), exact=True)
+    yield from _few_heads_variants()
     yield from _decode_variants()
 
 
-def _both_ways(name, arrays, **options) -> Iterator[Variant]:
+def _few_heads_variants() -> Iterator[Variant]:
+    """Forward kernels that split the columns of the state over blocks of threads."""
+    for key_dim, exact in product((64, 128), (True, False)):
+        arrays = _arrays(key_dim, 128, tied=exact, decay=not exact, documents=not exact, batch=16)
+        name = f"{key_dim}x128-few" + ("-tied-exact" if exact else "-decay-documents")
+        yield from _forward(name, arrays, exact=exact)
+
+
+def _forward(name, arrays, **options) -> Iterator[Variant]:
     for save in (False, True):
         fn = partial(forward, scale=1.0, save=save, **options)
         yield f"forward-{name}" + "-save" * save, "forward", fn, arrays
+
+
+def _both_ways(name, arrays, **options) -> Iterator[Variant]:
+    yield from _forward(name, arrays, **options)
     yield f"backward-{name}", "backward", partial(backward, scale=1.0, **options), _backward_arrays(arrays, **options)
 
 

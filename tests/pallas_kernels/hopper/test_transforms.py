@@ -85,7 +85,7 @@ def placed(inputs, mesh):
 
 
 def mesh_of(kind, shape):
-    """Of two devices: each warpgroup of each device blocks a thread of the interpreter's, which has eight."""
+    """To run on, two devices: each warpgroup of each blocks one of the interpreter's threads, of which it has eight."""
     size = shape[0] * shape[1]
     return jax.make_mesh(shape, ("data", "tensor"), axis_types=(kind,) * 2, devices=jax.devices()[:size])
 
@@ -94,22 +94,36 @@ def gathers(text):
     return re.findall(r" (all-gather|all-to-all|collective-permute|reduce-scatter)(?:-start)?\(", text)
 
 
-@on_devices
-@pytest.mark.parametrize("shape", [(2, 1), (1, 2)], ids=["batch", "heads"])
-@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit], ids=["auto", "explicit"])
-def test_sharded(kind, shape):
-    """Batch or heads on two devices: each device runs its own share, and nothing is gathered."""
-    mesh = mesh_of(kind, shape)
+def compiled_on(mesh, kind):
+    """The compiled program for inputs that are sharded over the mesh, and these."""
     options = dict(partition_spec=SPEC) if kind == AxisType.Auto else {}
     op = functools.partial(attend, **options)
     inputs = placed(inputs_of(), mesh)
     with jax.set_mesh(mesh):
-        compiled = jax.jit(lambda x: both(op, x)).lower(inputs).compile()
-        got = compiled(inputs)
-    assert not gathers(compiled.as_text())
+        return jax.jit(lambda x: both(op, x)).lower(inputs).compile(), inputs
+
+
+kinds = pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit], ids=["auto", "explicit"])
+
+
+@on_devices
+@pytest.mark.parametrize("shape", [(2, 1), (1, 2)], ids=["batch", "heads"])
+@kinds
+def test_sharded(kind, shape):
+    """Batch or heads on two devices: each device runs its own share."""
+    compiled, inputs = compiled_on(mesh_of(kind, shape), kind)
+    got = compiled(inputs)
     for name, x in got[1].items():
         assert x.sharding.is_equivalent_to(inputs[name].sharding, x.ndim), name
     assert_same(got, alone())
+
+
+@pytest.mark.usefixtures("races")
+@kinds
+def test_nothing_is_gathered(kind):
+    """Batch and heads on 2 x 2 devices, compiled only."""
+    compiled, _ = compiled_on(mesh_of(kind, (2, 2)), kind)
+    assert not gathers(compiled.as_text())
 
 
 @on_devices
