@@ -129,7 +129,6 @@ def backward(query, key, d_output, saved, vectors, documents, d_final, *, scale,
         state_ready=plgpu.Barrier(num_arrivals=writers),
         y_ready=plgpu.Barrier(num_arrivals=writers),
         inputs_free=plgpu.Barrier(num_arrivals=writers),
-        done=plgpu.Barrier(num_arrivals=writers + 1),
         helper_stage=stage(dtype),
         state_stage=stage(dtype, writers),
     )
@@ -139,7 +138,7 @@ def backward(query, key, d_output, saved, vectors, documents, d_final, *, scale,
         dtype=dtype, scale=scale, tied=tied, masked=masked, decayed=decayed, summed=summed, exact=exact,
         given=d_final is not None, copies=tuple(copies),
     )  # fmt: skip
-    return launch("efla_backward", config, inputs, outputs, scratch, (batch, heads, 1), _state, _helper)
+    return launch("efla_backward", config, inputs, outputs, scratch, (batch, heads, 1), (writers, _state), (1, _helper))
 
 
 def _state(config, r, w):

@@ -28,6 +28,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from pallas_kernels.hopper.inverse import BLOCK, fresh, write_inverse
+from pallas_kernels.hopper.masks import decay_mask
 from pallas_kernels.hopper.mosaic import (
     CHUNK,
     COLS,
@@ -42,7 +43,6 @@ from pallas_kernels.hopper.mosaic import (
     matmul,
     part_of,
     per_column,
-    per_row,
     place,
     set_registers,
     smem,
@@ -137,7 +137,6 @@ def forward(key, query, value, vectors, documents, initial, *, scale, tied, save
         documents_c=plgpu.SMEM((keys.slots, CHUNK), jnp.int32) if masked else None,
         numbers_r=plgpu.SMEM((CHUNK,), jnp.int32),  # 0 … 63, to be read by rows and by columns
         numbers_c=plgpu.SMEM((CHUNK,), jnp.int32),
-        done=plgpu.Barrier(num_arrivals=writers + helpers),
         **keys.barriers(2 + 2 * decayed + 2 * summed + 2 * masked, writers),
         **queries.barriers(1, writers),
         **values.barriers(writers, writers),
@@ -161,7 +160,8 @@ def forward(key, query, value, vectors, documents, initial, *, scale, tied, save
         exact=exact, keys=keys, queries=queries, values=values, products=products, own=tuple(own),
         state_registers=state_registers, helper_registers=helper_registers,
     )  # fmt: skip
-    return launch("efla_forward", config, inputs, outputs, scratch | own, (batch, heads, splits), _state, _helper)
+    roles = (writers, _state), (helpers, _helper)
+    return launch("efla_forward", config, inputs, outputs, scratch | own, (batch, heads, splits), *roles)
 
 
 def _state(config, r, w):
@@ -359,7 +359,7 @@ def _helper(config, r, i):
             pl.when(n >= products.slots)(lambda: plgpu.barrier_wait(products.free(r, n - products.slots)))
 
         slot = keys.place(n)
-        write_inverse(config, r, slot, lambda: products.place(anew()), _decay(config, r, slot), midway)
+        write_inverse(config, r, slot, lambda: products.place(anew()), decay_mask(config, r, slot), midway)
         _write_scores(config, r, anew())
         if config.save:  # one of the blocks of a head does
             pl.when(r.c == 0)(lambda: _save(config, r, anew()))
@@ -387,7 +387,7 @@ def _write_scores(config, r, n):
     scores = matmul(r.q_s.at[config.queries.place(n)], r.k_s.at[slot].T, SQUARE)
     if config.scale != 1:
         scores = scores * config.scale
-    decay = _decay(config, r, slot)
+    decay = decay_mask(config, r, slot)
     if decay is not None:
         scores = (scores * decay).astype(config.dtype)
     elif r.causal_s is not None:  # a product with 0 and 1, two numbers at once, is cheaper than a choice
@@ -411,17 +411,3 @@ def _save(config, r, n):
         plgpu.copy_smem_to_gmem(r.square_s, r.square.at[tokens], commit_group=False)
     plgpu.commit_smem_to_gmem_group()
 
-
-def _decay(config, r, slot):
-    """D_ij on and below the diagonal, 0 across documents; None where it is 1 throughout."""
-    if not config.decayed:
-        return None
-    row, column = place(r)
-    keep = row >= column
-    if config.masked:
-        documents = (plgpu.load(r.documents_r.at[slot], layout=ROWS), plgpu.load(r.documents_c.at[slot], layout=COLS))
-        keep = keep & (per_row(documents[0], SQUARE) == per_column(documents[1], SQUARE))
-    if not config.summed:
-        return jnp.where(keep, 1.0, 0.0)
-    sums = (plgpu.load(r.sums_r.at[slot], layout=ROWS), plgpu.load(r.sums_c.at[slot], layout=COLS))
-    return jnp.exp2(jnp.where(keep, per_row(sums[0], SQUARE) - per_column(sums[1], SQUARE), -jnp.inf))

@@ -157,13 +157,22 @@ class Ring(NamedTuple):
         }
 
     def place(self, n):
-        return _modulo(n, self.slots)
+        return modulo(n, self.slots)
 
     def full(self, r, n):
-        return getattr(r, f"{self.name}_full").at[_modulo(n, self.turns)]
+        return getattr(r, f"{self.name}_full").at[modulo(n, self.turns)]
 
     def free(self, r, n):
-        return getattr(r, f"{self.name}_free").at[_modulo(n, self.turns)]
+        return getattr(r, f"{self.name}_free").at[modulo(n, self.turns)]
+
+    def wait_place(self, r, n):
+        """Until the place of chunk n is free of the chunk that had it before."""
+        pl.when(n >= self.slots)(lambda: plgpu.barrier_wait(self.free(r, n - self.slots)))
+
+    def wait_last(self, r, count):
+        """Who has waited for the places of all of `count` chunks waits until those too are done with them."""
+        for back in range(self.slots, 0, -1):
+            pl.when(count >= back)(lambda back=back: plgpu.barrier_wait(self.free(r, count - back)))
 
 
 def set_registers(registers, warpgroups):
@@ -173,20 +182,22 @@ def set_registers(registers, warpgroups):
         plgpu.set_max_registers(registers, action="increase" if registers > given else "decrease")
 
 
-def _modulo(n, count):
+def modulo(n, count):
+    """n % count for n ≥ 0."""
     return n & (count - 1) if count & (count - 1) == 0 else lax.rem(n, jnp.int32(count))
 
 
-def launch(name, config, inputs, outputs, scratch, grid, state, helper):
-    """Runs a kernel of config.writers state warpgroups, state(config, r, w), and config.helpers helper(config, r, i).
+def launch(name, config, inputs, outputs, scratch, grid, *roles):
+    """Runs a kernel whose blocks have for each of the roles (count, run) so many warpgroups, run(config, r, number).
 
     inputs, outputs (shapes) and scratch map the names that refs have in r; scratch that is None is absent, and None in
-    r too. r.b, r.h, r.c: the block's place in the grid, the last of which splits the columns of the state. Indices are
-    32 bits wide, also where a program has enabled x64.
+    r too. r.b, r.h, r.c: the block's place in the grid. Indices are 32 bits wide, also where a program has enabled x64.
 
     Returns: name -> array, of outputs.
     """
     names = (*inputs, *outputs)
+    warpgroups = sum(count for count, _ in roles)
+    scratch = scratch | dict(done=plgpu.Barrier(num_arrivals=warpgroups) if warpgroups > 1 else None)
 
     def body(*refs, **scratch_refs):
         r = SimpleNamespace(**dict.fromkeys(scratch), **dict(zip(names, refs, strict=True)))
@@ -195,18 +206,22 @@ def launch(name, config, inputs, outputs, scratch, grid, state, helper):
         r.first = 0 * r.b  # traced: lowering takes no constant as an index, and refuses known slices over the end
         warpgroup = lax.axis_index("warpgroup")
         # One program for all warpgroups of a kind: the cache of instructions is small.
-        pl.when(warpgroup < config.writers)(lambda: state(config, r, warpgroup))
-        pl.when(warpgroup >= config.writers)(lambda: helper(config, r, warpgroup - config.writers))
+        first = 0
+        for count, run in roles:
+            mine = (warpgroup >= first) & (warpgroup < first + count)
+            pl.when(mine)(lambda run=run, first=first: run(config, r, warpgroup - first))
+            first += count
         # A warpgroup that ends while another still multiplies stops the kernel with an illegal instruction.
-        plgpu.barrier_arrive(r.done)
-        plgpu.barrier_wait(r.done)
+        if r.done is not None:
+            plgpu.barrier_arrive(r.done)
+            plgpu.barrier_wait(r.done)
 
     run = plgpu.kernel(
         body,
         out_type=tuple(outputs.values()),
         grid=grid,
         grid_names=("b", "h", "c"),
-        num_threads=config.writers + config.helpers,
+        num_threads=warpgroups,
         thread_name="warpgroup",
         scratch_types={key: value for key, value in scratch.items() if value is not None},
         compiler_params=plgpu.CompilerParams(approx_math=True),

@@ -1,0 +1,159 @@
+"""The triangular inverse of every chunk, all chunks side by side: what the scan of few heads would else wait for.
+
+Warpgroups of a block share nothing: each takes chunks of its own, one after the other, and sends for the next chunk's
+keys once it has multiplied those of one. The inverse itself: `pallas_kernels.hopper.inverse`.
+"""
+
+from types import SimpleNamespace
+
+import jax
+import jax.experimental.pallas as pl
+import jax.experimental.pallas.mosaic_gpu as plgpu
+import jax.numpy as jnp
+from jax import lax
+
+from pallas_kernels.hopper.inverse import BLOCK, fresh, write_inverse
+from pallas_kernels.hopper.masks import decay_mask
+from pallas_kernels.hopper.mosaic import (
+    CHUNK,
+    F32,
+    PROCESSORS,
+    SQUARE,
+    TILE,
+    launch,
+    part_of,
+    smem,
+    stage,
+    write_numbers,
+)
+
+
+
+def prepare(key, vectors, documents, dtype, *, tied, save, exact=False):
+    """What solves for the updates of a chunk's tokens, and what the backward pass needs of it.
+
+    Args:
+        key: [B, T, Hk, K], K 64 or 128, bfloat16 or float16.
+        vectors: gain [B, H, N·64] float32, and with decay sums and left, as `forward` takes them.
+        documents: [B, N·64] int32 or None.
+        dtype: of the results that are matrices.
+
+    Returns:
+        name -> array. solve [B, H, N, C, C]: E = solve (V - a∘K S) (tied), U = solve (V - c∘a∘K S) (untied); if tied
+        and saved inverse, that of I + diag(c) M; if exact erase, and if saved too square (λ),
+        [B, H, N·64] float32.
+    """
+    batch, length, _, key_dim = key.shape
+    heads = vectors["gain"].shape[1]
+    chunks = pl.cdiv(length, CHUNK)
+    masked, decayed, summed = documents is not None, "left" in vectors, "sums" in vectors
+    inputs = dict(key=key, gain_v=vectors["gain"])
+    if summed:
+        inputs["sums_v"] = vectors["sums"]
+    if masked:
+        inputs["documents"] = documents
+    both = save and tied
+    matrices = jax.ShapeDtypeStruct((batch, heads, chunks, *SQUARE), dtype)
+    numbers = jax.ShapeDtypeStruct((batch, heads, chunks * CHUNK), F32)
+    outputs = dict(solve=matrices)
+    if both:
+        outputs["inverse"] = matrices
+    if exact:
+        outputs |= dict(erase=numbers) | (dict(square=numbers) if save else {})
+    # Of a block. A launch gives each thread of four 128 registers, of three 168.
+    count = min(3 if both and decayed else 4, chunks)
+    vector = plgpu.SMEM((count, 1, CHUNK), F32)
+    blocks = (CHUNK // BLOCK, CHUNK, BLOCK)
+    own = dict(  # a place for each warpgroup
+        k_s=smem((count, 1, CHUNK, key_dim), dtype),
+        gain_s=vector,
+        sums_r=vector if summed else None,
+        sums_c=vector if summed else None,
+        documents_r=plgpu.SMEM((count, 1, CHUNK), jnp.int32) if masked else None,
+        documents_c=plgpu.SMEM((count, 1, CHUNK), jnp.int32) if masked else None,
+        solve_s=smem((count, 1, *blocks), dtype),
+        erase_s=plgpu.SMEM((count, 1, CHUNK), F32),
+        square_s=plgpu.SMEM((count, CHUNK), F32) if save and exact else None,
+        cosines_s=smem((count, *blocks), jnp.float16) if both else None,
+        inverse_s=smem((count, *blocks), dtype) if both else None,
+        blocks_s=smem((count, 1, BLOCK + CHUNK, BLOCK), jnp.float16),  # zeros, then blocks
+        ladder_s=smem((count, 2, CHUNK, BLOCK), jnp.float16),
+        keys_s=plgpu.SMEM((count, 4, CHUNK), F32),  # of each key: norm, one over it, that times cλ, one over cλ
+        helper_stage=stage(jnp.float16, count),
+    )
+    scratch = own | dict(
+        numbers_r=plgpu.SMEM((CHUNK,), jnp.int32),  # 0 … 63, to be read by rows and by columns
+        numbers_c=plgpu.SMEM((CHUNK,), jnp.int32),
+        full=plgpu.Barrier(num_arrivals=2 + 2 * summed + 2 * masked, num_barriers=count),
+        ready=plgpu.Barrier(num_arrivals=1),
+    )
+    splits = max(1, min(PROCESSORS // (batch * heads), pl.cdiv(chunks, count)))
+    config = SimpleNamespace(
+        chunks=chunks, share=pl.cdiv(chunks, splits), group=heads // key.shape[2], count=count, dtype=dtype, tied=tied,
+        save=save, exact=exact, both=both, masked=masked, decayed=decayed, summed=summed, own=tuple(own),
+    )  # fmt: skip
+    return launch("efla_prepare", config, inputs, outputs, scratch, (batch, heads, splits), (count, _chunks))
+
+
+def _chunks(config, r, i):
+    """Chunks i, i + count, … of the block's share."""
+    full = r.full.at[i]
+    own = {name: part_of(getattr(r, name), i) for name in config.own}
+    r = SimpleNamespace(**r.__dict__ | own)
+    first = r.c * config.share + i
+    end = jnp.minimum((r.c + 1) * config.share, config.chunks)
+
+    @pl.when(i == 0)
+    def _():
+        write_numbers(r)
+        plgpu.commit_smem()
+        plgpu.barrier_arrive(r.ready)
+
+    plgpu.barrier_wait(r.ready)
+    r.blocks_s.at[r.first, pl.ds(0, CHUNK)][...] = plgpu.layout_cast(jnp.zeros((CHUNK, BLOCK), jnp.float16), TILE)
+
+    def load(turn):
+        n, slot = first + turn * config.count, r.first
+        rows = pl.ds(n * CHUNK, CHUNK)
+        plgpu.copy_gmem_to_smem(r.key.at[r.b, rows, lax.div(r.h, config.group)], r.k_s.at[slot], full)
+        for name in ("gain_s", "sums_r", "sums_c"):
+            if getattr(r, name) is not None:
+                source = getattr(r, name[:-1] + "v").at[r.b, r.h, rows]
+                plgpu.copy_gmem_to_smem(source, getattr(r, name).at[slot], full)
+        if config.masked:
+            for target in (r.documents_r, r.documents_c):
+                plgpu.copy_gmem_to_smem(r.documents.at[r.b, rows], target.at[slot], full)
+
+    pl.when(first < end)(lambda: load(r.first))
+
+    def step(turn, carry):
+        plgpu.barrier_wait(full)
+
+        def midway():
+            plgpu.commit_smem()  # what read the place is done before the copy, which is another proxy, writes it
+            pl.when(first + (turn + 1) * config.count < end)(lambda: load(turn + 1))
+
+        plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # what the chunk before left here has been copied
+        write_inverse(config, r, fresh(r), lambda: r.first, decay_mask(config, r, fresh(r)), midway)
+        plgpu.commit_smem()
+        _leave(config, r, first + turn * config.count)
+        return carry
+
+    turns = lax.div(jnp.maximum(end - first, 0) + config.count - 1, jnp.int32(config.count))
+    lax.fori_loop(0, turns, step, None)
+    plgpu.wait_smem_to_gmem(0)
+
+
+def _leave(config, r, n):
+    """What was made of chunk n, to device memory."""
+    for i in range(CHUNK // BLOCK):
+        columns = pl.ds(i * BLOCK, BLOCK)
+        pairs = [(r.solve_s.at[fresh(r), i], r.solve)] + ([(r.inverse_s.at[i], r.inverse)] if config.both else [])
+        for source, target in pairs:
+            plgpu.copy_smem_to_gmem(source, target.at[r.b, r.h, n, :, columns], commit_group=False)
+    if config.exact:
+        tokens = r.b, r.h, pl.ds(n * CHUNK, CHUNK)
+        plgpu.copy_smem_to_gmem(r.erase_s.at[r.first], r.erase.at[tokens], commit_group=False)
+        if config.save:
+            plgpu.copy_smem_to_gmem(r.square_s, r.square.at[tokens], commit_group=False)
+    plgpu.commit_smem_to_gmem_group()
