@@ -70,8 +70,10 @@ def product(acc, a, b, staged=None):
     plgpu.wgmma(acc, a, b)
 
 
-def matmul(a, b, shape, init=None, staged=None):
+def matmul(a, b, shape, init=None, staged=None, meanwhile=None):
     """init + a @ b in float32, waited for. a and b may be equally long lists of terms, added up.
+
+    meanwhile() is called between the start of the product and the wait; what it returns is lost.
 
     The barrier keeps the compiler from moving arithmetic on the result before the wait, on which it does not depend.
     """
@@ -80,10 +82,14 @@ def matmul(a, b, shape, init=None, staged=None):
     def accumulate(acc):
         for left, right in pairs:
             product(acc, left, right, staged)
+        if meanwhile is not None:
+            meanwhile()
 
     if init is not None and staged is None:
         return lax.optimization_barrier(pl.run_state(accumulate)(plgpu.ACC.init(init)))
     (out,) = matmuls([tuple(zip(*pairs, strict=True))], shape, staged)
+    if meanwhile is not None:
+        meanwhile()
     return out if init is None else init + out  # the interpreter knows no accumulator with a first value
 
 
@@ -197,13 +203,16 @@ def launch(name, config, inputs, outputs, scratch, grid, *roles):
     """
     names = (*inputs, *outputs)
     warpgroups = sum(count for count, _ in roles)
-    scratch = scratch | dict(done=plgpu.Barrier(num_arrivals=warpgroups) if warpgroups > 1 else None)
+    scratch = scratch | dict(done=plgpu.Barrier(num_arrivals=warpgroups))
 
     def body(*refs, **scratch_refs):
         r = SimpleNamespace(**dict.fromkeys(scratch), **dict(zip(names, refs, strict=True)))
         r.__dict__.update(scratch_refs)
         r.b, r.h, r.c = (lax.axis_index(axis) for axis in "bhc")
         r.first = 0 * r.b  # traced: lowering takes no constant as an index, and refuses known slices over the end
+        if warpgroups == 1:  # whose number is no traced one
+            roles[0][1](config, r, r.first)
+            return
         warpgroup = lax.axis_index("warpgroup")
         # One program for all warpgroups of a kind: the cache of instructions is small.
         first = 0
@@ -212,9 +221,8 @@ def launch(name, config, inputs, outputs, scratch, grid, *roles):
             pl.when(mine)(lambda run=run, first=first: run(config, r, warpgroup - first))
             first += count
         # A warpgroup that ends while another still multiplies stops the kernel with an illegal instruction.
-        if r.done is not None:
-            plgpu.barrier_arrive(r.done)
-            plgpu.barrier_wait(r.done)
+        plgpu.barrier_arrive(r.done)
+        plgpu.barrier_wait(r.done)
 
     run = plgpu.kernel(
         body,

@@ -4,9 +4,8 @@ The inverse of every chunk is there (`pallas_kernels.hopper.prepare`). A block o
 of a sequence, for one value head and 64 columns of its state, with three warpgroups:
 
 - the state warpgroup does only what the next chunk waits for: Rᵀ from Sᵀ Kᵀ, Uᵀ, Sᵀ ← d Sᵀ + (e∘U)ᵀ K, in registers;
-- the output warpgroup follows with P = tril(D∘Q Kᵀ) and Oᵀ = a∘Sᵀ Qᵀ + Uᵀ Pᵀ, from what the first leaves in shared
-  memory;
-- the third sends for what they read.
+- the output warpgroup follows with Oᵀ = a∘Sᵀ Qᵀ + Uᵀ Pᵀ, from what the first leaves in shared memory;
+- the helper sends for what is read, and makes P = tril(D∘Q Kᵀ) ahead of both.
 
 The letters are those of `pallas_kernels.hopper.forward`.
 
@@ -22,6 +21,7 @@ import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax import lax
 
+from pallas_kernels.hopper.chain import ROUNDED, split
 from pallas_kernels.hopper.masks import decay_mask
 from pallas_kernels.hopper.mosaic import (
     CHUNK,
@@ -40,8 +40,6 @@ from pallas_kernels.hopper.mosaic import (
     stage,
     write_numbers,
 )
-
-ROUNDED = jnp.bfloat16  # maps are kept as the sum of two of these: float32 in all but the last bits, and its range
 
 
 def scan(key, query, value, solve, vectors, documents, starts, *, scale, tied, save, pieces=1):
@@ -107,35 +105,37 @@ def _scan(name, key, query, value, solve, vectors, documents, starts, outputs, *
     inputs |= dict(documents=documents) if masked else {}
     inputs |= dict(starts=starts) if starts is not None else {}
     readers = 1 + read
-    keys, queries, values = Ring.of("keys", 3, 1), Ring.of("queries", 3, 1), Ring.of("values", 3, 1)
-    states, updates = Ring.of("states", 2, 1), Ring.of("updates", 2, 1)
+    keys, values, queries = Ring.of("keys", 4, 1), Ring.of("values", 4, 1), Ring.of("queries", 2, 1)
+    scores, states, updates = Ring.of("scores", 2, 1), Ring.of("states", 1, 1), Ring.of("updates", 1, 1)
     vector = lambda ring: plgpu.SMEM((ring.slots, CHUNK), F32)
     scratch = dict(
         k_s=smem((keys.slots, CHUNK, key_dim), dtype),
         v_s=smem((values.slots, writers, *SQUARE), dtype),
         solve_s=smem((values.slots, *SQUARE), dtype),
         erase_s=vector(values),
-        left_s=vector(keys) if decayed else None,
+        left_s=vector(values) if decayed else None,
         right_s=vector(values) if decayed else None,
         state_stage=stage(dtype, writers),
-        **keys.barriers(1 + decayed, writers * readers),
-        **values.barriers(writers + 2 + decayed, writers),
+        **keys.barriers(1, writers + read),
+        **values.barriers(writers + 2 + 2 * decayed, writers),
     )
     if read:
         scratch |= dict(
             q_s=smem((queries.slots, CHUNK, key_dim), dtype),
-            states_s=smem((states.slots, key_dim // 64, *SQUARE), dtype),
+            states_s=smem((states.slots, 64, key_dim), dtype),
             updates_s=smem((updates.slots, *SQUARE), dtype),
             solved_s=smem(SQUARE, dtype) if save and tied else None,
-            scores_s=smem(SQUARE, dtype),
+            scores_s=smem((scores.slots, *SQUARE), dtype),
             output_s=smem(SQUARE, dtype),
+            read_s=vector(queries) if decayed else None,  # left, for the output warpgroup
             sums_r=vector(queries) if summed else None,
             sums_c=vector(queries) if summed else None,
             documents_r=plgpu.SMEM((queries.slots, CHUNK), jnp.int32) if masked else None,
             documents_c=plgpu.SMEM((queries.slots, CHUNK), jnp.int32) if masked else None,
             numbers_r=plgpu.SMEM((CHUNK,), jnp.int32),  # 0 … 63, to be read by rows and by columns
             numbers_c=plgpu.SMEM((CHUNK,), jnp.int32),
-            **queries.barriers(1 + 2 * summed + 2 * masked, 1),
+            **queries.barriers(1 + decayed + 2 * summed + 2 * masked, 1),
+            **scores.barriers(1, 1),
             **states.barriers(1, 1),
             **updates.barriers(1, 1),
         )
@@ -145,9 +145,9 @@ def _scan(name, key, query, value, solve, vectors, documents, starts, outputs, *
         chunks=chunks, share=pl.cdiv(chunks, pieces), pieces=pieces, group=heads // key_heads, blocks=groups // writers,
         key_dim=key_dim, value_groups=value_dim // 64, writers=writers, read=read, dtype=dtype, scale=scale, tied=tied,
         save=save, decayed=decayed, summed=summed, masked=masked, given=starts is not None,
-        keys=keys, queries=queries, values=values, states=states, updates=updates,
+        keys=keys, values=values, queries=queries, scores=scores, states=states, updates=updates,
     )  # fmt: skip
-    roles = ((writers, _state), (1, _output), (1, _loads)) if read else ((writers, _state), (1, _loads))
+    roles = ((writers, _state), (1, _output), (1, _helper)) if read else ((writers, _state), (1, _helper))
     return launch(name, config, inputs, outputs, scratch, (batch, heads, pieces * config.blocks), *roles)
 
 
@@ -181,32 +181,31 @@ def _state(config, r, w):
     valued = jnp.where(group < config.value_groups, 1.0, 0.0)
 
     def step(i, state):
-        slot, v_s = values.place(i), r.v_s.at[values.place(i), w]
-        k_s = r.k_s.at[keys.place(i)]
-        by_token = lambda ref, place: per_column(plgpu.load(ref.at[place], layout=COLS), SQUARE)
-        left = lambda: by_token(r.left_s, keys.place(i))
+        slot, k_s = values.place(i), r.k_s.at[keys.place(i)]
+        by_token = lambda ref: per_column(plgpu.load(ref.at[slot], layout=COLS), SQUARE)
         plgpu.barrier_wait(keys.full(r, i))
-        recalled = _recall(config, r, i, first, columns, state, k_s, staged)
-        plgpu.barrier_wait(values.full(r, i))
+        recalled, value = _recall(config, r, w, i, first, columns, state, k_s)
         if config.decayed:
-            recalled = recalled * left()
+            recalled = recalled * by_token(r.left_s)
         if not config.tied:
-            recalled = recalled * by_token(r.erase_s, slot)
-        value = plgpu.load(v_s.T, layout=TILE).astype(F32)
+            recalled = recalled * by_token(r.erase_s)
+        value = value.astype(F32)
         rest = (value if config.read else value * valued) - recalled
         update = matmul(rest.astype(config.dtype), r.solve_s.at[slot].T, SQUARE, staged=staged)
-        if config.save and config.tied:
-            _leave_solved(config, r, first + i, columns, update.astype(config.dtype), r.solved_s)
+        solved = update.astype(config.dtype) if config.save and config.tied else None
         if config.tied:
-            update = update * by_token(r.erase_s, slot)
-        low = update.astype(config.dtype)
-        if config.read:
-            _hand_over(config, r, i, first, columns, low)
+            update = update * by_token(r.erase_s)
+        low = late = update.astype(config.dtype)
         if config.decayed:
-            low = (update * by_token(r.right_s, slot)).astype(config.dtype)
-            state = state * r.left_s[keys.place(i), CHUNK - 1]
-        plgpu.barrier_arrive(values.free(r, i))
-        state = matmul(low, k_s, shape, init=state, staged=staged)
+            late = (update * by_token(r.right_s)).astype(config.dtype)
+            state = state * r.left_s[slot, CHUNK - 1]
+
+        def hand_over():
+            plgpu.barrier_arrive(values.free(r, i))
+            if config.read:
+                _hand_over(config, r, i, first, columns, low, solved)
+
+        state = matmul(late, k_s, shape, init=state, staged=staged, meanwhile=hand_over)
         plgpu.barrier_arrive(keys.free(r, i))
         return state
 
@@ -227,150 +226,168 @@ def _store(ref, state):
 
 def _store_map(config, r, piece, group, state):
     columns = pl.ds((group - config.value_groups) * 64, 64)
-    high = state.astype(ROUNDED)
-    r.maps.at[r.b, r.h, piece, 0, columns][...] = high
-    r.maps.at[r.b, r.h, piece, 1, columns][...] = (state - high.astype(F32)).astype(ROUNDED)
+    for part, rounded in enumerate(split(state)):
+        r.maps.at[r.b, r.h, piece, part, columns][...] = rounded
 
 
-def _recall(config, r, i, first, columns, state, k_s, staged):
-    """Sᵀ Kᵀ; meanwhile the rounded state goes to where the output warpgroup reads it, and to device memory if saved."""
-    parts = range(config.key_dim // 64)
+def _recall(config, r, w, i, first, columns, state, k_s):
+    """Sᵀ Kᵀ, and the values. Meanwhile the rounded state goes to where the output warpgroup reads it, and if saved on."""
+    states, values = config.states, config.values
     low = state.astype(config.dtype)
-    states = config.states
 
     def multiply(acc):
-        product(acc, low, k_s.T, staged)
+        product(acc, low, k_s.T, part_of(r.state_stage, w))
         if config.read:
             states.wait_place(r, i)
             if config.save:
                 plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-            for part in parts:
-                r.states_s.at[states.place(i), part][...] = low[:, part * 64 : (part + 1) * 64]
+            r.states_s.at[states.place(i)][...] = low
             plgpu.commit_smem()
             plgpu.barrier_arrive(states.full(r, i))
-        return plgpu.wgmma_accumulator_load(acc, wait_n=0)
+        plgpu.barrier_wait(values.full(r, i))
+        value = plgpu.load(r.v_s.at[values.place(i), w].T, layout=TILE)
+        return plgpu.wgmma_accumulator_load(acc, wait_n=0), value
 
     recalled = lax.optimization_barrier(pl.run_scoped(multiply, plgpu.ACC(SQUARE, F32)))
     if config.save:
-        for part in parts:
-            target = r.states.at[r.b, r.h, first + i, columns, pl.ds(part * 64, 64)]
-            plgpu.copy_smem_to_gmem(r.states_s.at[states.place(i), part], target, commit_group=False)
-        plgpu.commit_smem_to_gmem_group()
+        plgpu.copy_smem_to_gmem(r.states_s.at[states.place(i)], r.states.at[r.b, r.h, first + i, columns])
     return recalled
 
 
-def _hand_over(config, r, i, first, columns, low):
-    """Uᵀ to the output warpgroup."""
+def _hand_over(config, r, i, first, columns, low, solved):
+    """Uᵀ to the output warpgroup; what was solved for, which tied is Eᵀ, to device memory if saved."""
     updates = config.updates
     updates.wait_place(r, i)
     place = r.updates_s.at[updates.place(i)]
-    if config.save and not config.tied:
-        _leave_solved(config, r, first + i, columns, low, place)
-    else:
-        place.T[...] = low
-        plgpu.commit_smem()
-    plgpu.barrier_arrive(updates.full(r, i))
-
-
-def _leave_solved(config, r, n, columns, low, place):
-    """What was solved for, to device memory through a place in shared memory."""
     place.T[...] = low
+    if config.save and config.tied:
+        r.solved_s.T[...] = solved
     plgpu.commit_smem()
-    plgpu.copy_smem_to_gmem(place, r.solved.at[r.b, pl.ds(n * CHUNK, CHUNK), r.h, columns])
+    plgpu.barrier_arrive(updates.full(r, i))
+    if config.save:
+        source = r.solved_s if config.tied else place
+        plgpu.copy_smem_to_gmem(source, r.solved.at[r.b, pl.ds((first + i) * CHUNK, CHUNK), r.h, columns])
 
 
 def _output(config, r, _):
     """The output warpgroup: what the tokens of a chunk read of the state before it and of the chunk's own updates."""
     _, first, count = _piece(config, r)
     columns = pl.ds(_group(config, r, 0) * 64, 64)
-    keys, queries, states, updates = config.keys, config.queries, config.states, config.updates
-    parts = range(config.key_dim // 64)
-    write_numbers(r)
-    plgpu.commit_smem()
+    queries, scores, states, updates = config.queries, config.scores, config.states, config.updates
 
     def step(i, carry):
-        k_s, q_s = r.k_s.at[keys.place(i)], r.q_s.at[queries.place(i)]
-        plgpu.barrier_wait(keys.full(r, i))
         plgpu.barrier_wait(queries.full(r, i))
-        _write_scores(config, r, queries.place(i), q_s, k_s)
         plgpu.barrier_wait(states.full(r, i))
-        slot = states.place(i)
-        out = matmul(
-            [r.states_s.at[slot, part] for part in parts], [q_s.at[:, pl.ds(part * 64, 64)].T for part in parts], SQUARE
-        )
-        plgpu.barrier_arrive(queries.free(r, i))
+        out = matmul(r.states_s.at[states.place(i)], r.q_s.at[queries.place(i)].T, SQUARE)
         plgpu.barrier_arrive(states.free(r, i))
         if config.scale != 1:
             out = out * config.scale
         if config.decayed:
-            out = out * per_column(plgpu.load(r.left_s.at[keys.place(i)], layout=COLS), SQUARE)
-        plgpu.barrier_arrive(keys.free(r, i))
+            out = out * per_column(plgpu.load(r.read_s.at[queries.place(i)], layout=COLS), SQUARE)
+        plgpu.barrier_arrive(queries.free(r, i))
+        plgpu.barrier_wait(scores.full(r, i))
         plgpu.barrier_wait(updates.full(r, i))
-        inner = r.updates_s.at[updates.place(i)].T, r.scores_s.T
+        inner = r.updates_s.at[updates.place(i)].T, r.scores_s.at[scores.place(i)].T
         out = matmul(*inner, SQUARE, init=out, staged=r.state_stage)
         plgpu.barrier_arrive(updates.free(r, i))
+        plgpu.barrier_arrive(scores.free(r, i))
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)
         r.output_s.T[...] = out.astype(config.dtype)
         plgpu.commit_smem()
-        rows = pl.ds((first + i) * CHUNK, CHUNK)
-        plgpu.copy_smem_to_gmem(r.output_s, r.output.at[r.b, rows, r.h, columns])
+        plgpu.copy_smem_to_gmem(r.output_s, r.output.at[r.b, pl.ds((first + i) * CHUNK, CHUNK), r.h, columns])
         return carry
 
     lax.fori_loop(0, count, step, None)
     plgpu.wait_smem_to_gmem(0)
 
 
-def _write_scores(config, r, slot, q_s, k_s):
-    """P of a chunk."""
-    scores = matmul(q_s, k_s.T, SQUARE)
-    if config.scale != 1:
-        scores = scores * config.scale
-    decay = decay_mask(config, r, slot)
-    if decay is None:
-        row, column = place(r)
-        scores = jnp.where(row >= column, scores, 0.0)
-    else:
-        scores = scores * decay
-    r.scores_s[...] = lax.optimization_barrier(scores).astype(config.dtype)
-    plgpu.commit_smem()
-
-
-def _loads(config, r, _):
-    """Sends for what the others read, as places get free."""
+def _helper(config, r, _):
+    """Sends for what is read, in the order in which places get free, and makes the scores ahead of what uses them."""
     _, first, count = _piece(config, r)
-    head = lax.div(r.h, config.group)
-    keys, queries, values = config.keys, config.queries, config.values
-    rings = (keys, values, queries) if config.read else (keys, values)
+    loads = _loads(config, r, first)
 
-    def to(ring, i, *pairs):
-        for source, target in pairs:
-            plgpu.copy_gmem_to_smem(source, target.at[ring.place(i)], ring.full(r, i))
+    def recycle(i):
+        """The places of chunk i to later chunks."""
+        for ring, load in loads:
+            plgpu.barrier_wait(ring.free(r, i))
+            plgpu.commit_smem()  # what read the place is done before the copy, which is another proxy, writes it
+            pl.when(i + ring.slots < count)(lambda ring=ring, load=load: load(i + ring.slots))
+
+    for i in range(min(config.keys.slots, config.share)):
+        for ring, load in loads:
+            if i < ring.slots:
+                pl.when(count > i)(lambda i=i, load=load: load(0 * count + i))
+    if config.read:
+        write_numbers(r)
+        plgpu.commit_smem()
 
     def step(i, carry):
-        rows = pl.ds((first + i) * CHUNK, CHUNK)
-        tokens = r.b, r.h, rows
-        for ring in rings:
-            ring.wait_place(r, i)
-        plgpu.commit_smem()  # what read the places is done before the copies, which are another proxy, write them
-        to(keys, i, (r.key.at[r.b, rows, head], r.k_s))
-        to(values, i, (r.solve.at[r.b, r.h, first + i], r.solve_s), (r.erase_v.at[tokens], r.erase_s))
-        for w in range(config.writers):
-            # a map has no values; some are read all the same, and count for nothing
-            columns = pl.ds(jnp.minimum(_group(config, r, w), config.value_groups - 1) * 64, 64)
-            target = r.v_s.at[values.place(i), w]
-            plgpu.copy_gmem_to_smem(r.value.at[r.b, rows, r.h, columns], target, values.full(r, i))
-        if config.decayed:
-            to(keys, i, (r.left_v.at[tokens], r.left_s))
-            to(values, i, (r.right_v.at[tokens], r.right_s))
         if config.read:
-            to(queries, i, (r.query.at[r.b, rows, head], r.q_s))
-        if config.summed:
-            to(queries, i, (r.sums_v.at[tokens], r.sums_r), (r.sums_v.at[tokens], r.sums_c))
-        if config.masked:
-            documents = r.documents.at[r.b, rows]
-            to(queries, i, (documents, r.documents_r), (documents, r.documents_c))
+            _write_scores(config, r, i)
+        pl.when(i > 0)(lambda: recycle(i - 1))
         return carry
 
     lax.fori_loop(0, count, step, None)
-    for ring in rings:
-        ring.wait_last(r, count)
+    pl.when(count > 0)(lambda: recycle(count - 1))
+    if config.read:
+        config.scores.wait_last(r, count)
+
+
+def _loads(config, r, first):
+    """(ring, function of i that sends for what of chunk first + i goes through it), the first to get free first."""
+    head = lax.div(r.h, config.group)
+    rows = lambda i: pl.ds((first + i) * CHUNK, CHUNK)
+
+    def load(ring, i, *pairs):
+        for source, target in pairs:
+            plgpu.copy_gmem_to_smem(source, target.at[ring.place(i)], ring.full(r, i))
+
+    def load_keys(i):
+        load(config.keys, i, (r.key.at[r.b, rows(i), head], r.k_s))
+
+    def load_values(i):
+        ring, tokens = config.values, (r.b, r.h, rows(i))
+        load(ring, i, (r.solve.at[r.b, r.h, first + i], r.solve_s), (r.erase_v.at[tokens], r.erase_s))
+        if config.decayed:
+            load(ring, i, (r.left_v.at[tokens], r.left_s), (r.right_v.at[tokens], r.right_s))
+        for w in range(config.writers):
+            # a map has no values; some are read all the same, and count for nothing
+            columns = pl.ds(jnp.minimum(_group(config, r, w), config.value_groups - 1) * 64, 64)
+            source = r.value.at[r.b, rows(i), r.h, columns]
+            plgpu.copy_gmem_to_smem(source, r.v_s.at[ring.place(i), w], ring.full(r, i))
+
+    def load_queries(i):
+        ring, tokens = config.queries, (r.b, r.h, rows(i))
+        load(ring, i, (r.query.at[r.b, rows(i), head], r.q_s))
+        if config.decayed:
+            load(ring, i, (r.left_v.at[tokens], r.read_s))
+        if config.summed:
+            load(ring, i, (r.sums_v.at[tokens], r.sums_r), (r.sums_v.at[tokens], r.sums_c))
+        if config.masked:
+            documents = r.documents.at[r.b, rows(i)]
+            load(ring, i, (documents, r.documents_r), (documents, r.documents_c))
+
+    reads = ((config.queries, load_queries),) if config.read else ()
+    return *reads, (config.values, load_values), (config.keys, load_keys)
+
+
+def _write_scores(config, r, i):
+    """P of a chunk."""
+    keys, queries, scores = config.keys, config.queries, config.scores
+    plgpu.barrier_wait(keys.full(r, i))
+    plgpu.barrier_wait(queries.full(r, i))
+    made = matmul(r.q_s.at[queries.place(i)], r.k_s.at[keys.place(i)].T, SQUARE)
+    plgpu.barrier_arrive(keys.free(r, i))
+    if config.scale != 1:
+        made = made * config.scale
+    decay = decay_mask(config, r, queries.place(i))
+    if decay is None:
+        row, column = place(r)
+        made = jnp.where(row >= column, made, 0.0)
+    else:
+        made = made * decay
+    made = lax.optimization_barrier(made).astype(config.dtype)
+    scores.wait_place(r, i)
+    r.scores_s.at[scores.place(i)][...] = made
+    plgpu.commit_smem()
+    plgpu.barrier_arrive(scores.full(r, i))

@@ -1,0 +1,90 @@
+"""From piece to piece: the state before every piece of a sequence, of what `pallas_kernels.hopper.scan` sums pieces up in.
+
+Sᵀ ← Sᵀ Mᵀ + Eᵀ over the pieces, and for cotangents dSᵀ ← dSᵀ M + dEᵀ from the far end. As neither M of the exact rule
+expands (‖M‖ ≤ 1, for any keys), rounding does not grow along the chain. Products are of bfloat16 on the tensor cores,
+state and map each as the sum of two; of the four terms the one of both remainders, 2⁻¹⁶ of the whole, is left out.
+"""
+
+from types import SimpleNamespace
+
+import jax
+import jax.experimental.pallas as pl
+import jax.experimental.pallas.mosaic_gpu as plgpu
+import jax.numpy as jnp
+from jax import lax
+
+from pallas_kernels.hopper.mosaic import CHUNK, F32, TILE, Ring, launch, matmul, smem, stage
+
+ROUNDED = jnp.bfloat16
+
+
+def split(x):
+    """x [float32] as the sum of two of bfloat16."""
+    high = x.astype(ROUNDED)
+    return high, (x - high.astype(F32)).astype(ROUNDED)
+
+
+def chain(first, maps, ends, *, backward=False):
+    """The states before all pieces; backward, the cotangents of the states behind them.
+
+    Args:
+        first: [B, H, V, K] float32, Sᵀ before the first piece, or None for zeros; backward: dSᵀ behind the last one.
+        maps: [B, H, P, 2, K, K] bfloat16, Mᵀ of every piece as the sum of two.
+        ends: [B, H, P, V, K] float32, Eᵀ.
+
+    Returns:
+        [B, H, P, V, K] float32.
+    """
+    batch, heads, pieces, value_dim, key_dim = ends.shape
+    inputs = dict(maps=maps, ends=ends)
+    if first is not None:
+        inputs["first_state"] = first
+    ring = Ring.of("steps", 2, 1)
+    scratch = dict(
+        maps_s=smem((ring.slots, 2, key_dim, key_dim), ROUNDED),
+        ends_s=smem((ring.slots, CHUNK, key_dim), F32),
+        steps_full=plgpu.Barrier(num_arrivals=2, num_barriers=ring.turns),
+        state_stage=stage(ROUNDED),
+    )
+    config = SimpleNamespace(
+        pieces=pieces, key_dim=key_dim, given=first is not None, backward=backward, ring=ring
+    )  # fmt: skip
+    outputs = dict(starts=jax.ShapeDtypeStruct(ends.shape, F32))
+    grid = batch, heads, value_dim // 64
+    return launch("efla_chain", config, inputs, outputs, scratch, grid, (1, _chain))["starts"]
+
+
+def _chain(config, r, _):
+    """64 columns of the state, over all pieces."""
+    columns = pl.ds(r.c * 64, 64)
+    ring, last = config.ring, config.pieces - 1
+    piece = lambda i: last - i if config.backward else i + r.first
+    staged = None if r.state_stage is None else r.state_stage.at[0]
+
+    def load(i):
+        slot, full = ring.place(i), ring.full(r, i)
+        plgpu.copy_gmem_to_smem(r.maps.at[r.b, r.h, piece(i)], r.maps_s.at[slot], full)
+        plgpu.copy_gmem_to_smem(r.ends.at[r.b, r.h, piece(i), columns], r.ends_s.at[slot], full)
+
+    for i in range(min(ring.slots, last)):
+        load(i + r.first)
+    if config.given:
+        state = plgpu.load(r.first_state.at[r.b, r.h, columns], layout=TILE, optimized=False)
+    else:
+        state = plgpu.layout_cast(jnp.zeros((64, config.key_dim), F32), TILE)
+
+    def step(i, state):
+        r.starts.at[r.b, r.h, piece(i), columns][...] = state
+        plgpu.barrier_wait(ring.full(r, i))
+        slot = ring.place(i)
+        maps = [r.maps_s.at[slot, part] for part in range(2)]
+        maps = [x.T for x in maps] if config.backward else maps
+        end = plgpu.load(r.ends_s.at[slot], layout=TILE)
+        high, low = split(state)
+        state = matmul([high, high, low], [maps[0], maps[1], maps[0]], state.shape, init=end, staged=staged)
+        plgpu.commit_smem()  # what read the place is done before the copy, which is another proxy, writes it
+        pl.when(i + ring.slots < last)(lambda: load(i + ring.slots))
+        return state
+
+    state = lax.fori_loop(0, last, step, state)
+    r.starts.at[r.b, r.h, piece(last + r.first), columns][...] = state
