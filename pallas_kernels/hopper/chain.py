@@ -29,7 +29,7 @@ def chain(first, maps, ends, *, backward=False):
 
     Args:
         first: [B, H, V, K] float32, Sᵀ before the first piece, or None for zeros; backward: dSᵀ behind the last one.
-        maps: [B, H, P, 2, K, K] bfloat16, Mᵀ of every piece as the sum of two.
+        maps: [B, H, P, 2·K, K] bfloat16, Mᵀ of every piece as the sum of two, one below the other.
         ends: [B, H, P, V, K] float32, Eᵀ.
 
     Returns:
@@ -41,7 +41,7 @@ def chain(first, maps, ends, *, backward=False):
         inputs["first_state"] = first
     ring = Ring.of("steps", 2, 1)
     scratch = dict(
-        maps_s=smem((ring.slots, 2, key_dim, key_dim), ROUNDED),
+        maps_s=smem((ring.slots, 2 * key_dim, key_dim), ROUNDED),
         ends_s=smem((ring.slots, CHUNK, key_dim), F32),
         steps_full=plgpu.Barrier(num_arrivals=2, num_barriers=ring.turns),
         state_stage=stage(ROUNDED),
@@ -77,7 +77,7 @@ def _chain(config, r, _):
         r.starts.at[r.b, r.h, piece(i), columns][...] = state
         plgpu.barrier_wait(ring.full(r, i))
         slot = ring.place(i)
-        maps = [r.maps_s.at[slot, part] for part in range(2)]
+        maps = [r.maps_s.at[slot, pl.ds(part * config.key_dim, config.key_dim)] for part in range(2)]
         maps = [x.T for x in maps] if config.backward else maps
         end = plgpu.load(r.ends_s.at[slot], layout=TILE)
         high, low = split(state)

@@ -79,13 +79,13 @@ def summaries(key, value, solve, vectors, documents, *, tied, pieces):
     Arguments: as of `scan`.
 
     Returns:
-        ends [B, H, pieces, V, K] float32, Eᵀ; maps [B, H, pieces, 2, K, K] bfloat16, Mᵀ as a sum of two.
+        ends [B, H, pieces, V, K] float32, Eᵀ; maps [B, H, pieces, 2·K, K] bfloat16, Mᵀ as `chain` takes it.
     """
     batch, _, heads, value_dim = value.shape
     key_dim = key.shape[-1]
     outputs = dict(
         ends=jax.ShapeDtypeStruct((batch, heads, pieces, value_dim, key_dim), F32),
-        maps=jax.ShapeDtypeStruct((batch, heads, pieces, 2, key_dim, key_dim), ROUNDED),
+        maps=jax.ShapeDtypeStruct((batch, heads, pieces, 2 * key_dim, key_dim), ROUNDED),
     )
     return _scan(
         "efla_summaries", key, None, value, solve, vectors, documents, None, outputs,
@@ -225,9 +225,9 @@ def _store(ref, state):
 
 
 def _store_map(config, r, piece, group, state):
-    columns = pl.ds((group - config.value_groups) * 64, 64)
     for part, rounded in enumerate(split(state)):
-        r.maps.at[r.b, r.h, piece, part, columns][...] = rounded
+        first = part * config.key_dim + (group - config.value_groups) * 64
+        r.maps.at[r.b, r.h, piece, pl.ds(first, 64)][...] = rounded
 
 
 def _recall(config, r, w, i, first, columns, state, k_s):
