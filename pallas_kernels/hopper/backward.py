@@ -45,7 +45,7 @@ from pallas_kernels.hopper.mosaic import (
 SLOPE = [-((-1.0) ** n) * (n + 1) / math.factorial(n + 2) for n in range(9)]
 
 
-def backward(query, key, d_output, saved, vectors, documents, d_final, *, scale, tied, exact=False):
+def backward(query, key, d_output, saved, vectors, documents, behind, *, scale, tied, share, exact=False):
     """Gradients of one call of `forward(..., save=True)`.
 
     Args:
@@ -53,7 +53,8 @@ def backward(query, key, d_output, saved, vectors, documents, d_final, *, scale,
         saved: states, inverse, solved as `forward` returned them.
         vectors, documents: as given to `forward`, but with erase in place of gain and, if exact, besides erase and
             square, as `forward` returned them, beta.
-        d_final: [B, H, V, K] float32 or None for zeros.
+        behind: [B, H, P, V, K] float32, the cotangent of the state behind each piece, or None for zeros.
+        share: chunks of a piece, of which the last may have fewer. Pieces have blocks of threads of their own.
 
     Returns:
         name -> array. d_query, d_key: [B, T, H, K], one for every value head; d_value [B, T, H, V] (untied: of
@@ -74,8 +75,8 @@ def backward(query, key, d_output, saved, vectors, documents, d_final, *, scale,
     )  # fmt: skip
     if masked:
         inputs["documents"] = documents
-    if d_final is not None:
-        inputs["d_final"] = d_final
+    if behind is not None:
+        inputs["behind"] = behind
     per_token = jax.ShapeDtypeStruct((batch, heads, chunks * CHUNK), F32)
     outputs = dict(
         d_query=jax.ShapeDtypeStruct((batch, length, heads, key_dim), dtype),
@@ -136,9 +137,18 @@ def backward(query, key, d_output, saved, vectors, documents, d_final, *, scale,
         chunks=chunks, group=heads // key_heads, key_dim=key_dim, value_dim=value_dim, writers=writers, helpers=1,
         parts=parts,
         dtype=dtype, scale=scale, tied=tied, masked=masked, decayed=decayed, summed=summed, exact=exact,
-        given=d_final is not None, copies=tuple(copies),
+        given=behind is not None, share=share, copies=tuple(copies),
     )  # fmt: skip
-    return launch("efla_backward", config, inputs, outputs, scratch, (batch, heads, 1), (writers, _state), (1, _helper))
+    return launch(
+        "efla_backward",
+        config,
+        inputs,
+        outputs,
+        scratch,
+        (batch, heads, pl.cdiv(chunks, share)),
+        (writers, _state),
+        (1, _helper),
+    )
 
 
 def _state(config, r, w):
@@ -147,7 +157,7 @@ def _state(config, r, w):
     staged = part_of(r.state_stage, w)
     shape = (64, config.key_dim)
     if config.given:
-        d_state = plgpu.load(r.d_final.at[r.b, r.h, columns], layout=TILE, optimized=False)
+        d_state = plgpu.load(r.behind.at[r.b, r.h, r.c, columns], layout=TILE, optimized=False)
     else:
         d_state = plgpu.layout_cast(jnp.zeros(shape, F32), TILE)
 
@@ -181,7 +191,18 @@ def _state(config, r, w):
         plgpu.barrier_arrive(r.inputs_free)
         return new
 
-    r.d_initial.at[r.b, r.h, columns][...] = lax.fori_loop(0, config.chunks, step, d_state)
+    _, count = _piece(config, r)
+    d_state = lax.fori_loop(0, count, step, d_state)
+
+    @pl.when(r.c == 0)
+    def _():
+        r.d_initial.at[r.b, r.h, columns][...] = d_state
+
+
+def _piece(config, r):
+    """The first chunk of the block's piece, and how many it has."""
+    first = r.c * config.share
+    return first, jnp.minimum(config.share, config.chunks - first)
 
 
 def _helper(config, r, i):
@@ -208,16 +229,17 @@ def _helper(config, r, i):
             plgpu.copy_gmem_to_smem(source, target.at[r.first] if name in sources else target, r.full)
 
     write_numbers(r)
-    load(config.chunks - 1 + r.first)
+    first, count = _piece(config, r)
+    load(first + count - 1)
 
     def step(i, carry):
-        n = config.chunks - 1 - i
+        n = first + count - 1 - i
         plgpu.barrier_wait(r.full)
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)
         _queries(config, r, n)
         _keys(config, r, n)
         plgpu.barrier_wait(r.inputs_free)
-        pl.when(n > 0)(lambda: load(n - 1))
+        pl.when(i + 1 < count)(lambda: load(n - 1))
         rows = pl.ds(n * CHUNK, CHUNK)
         for part in range(config.parts):
             columns = pl.ds(part * 64, 64)
@@ -225,7 +247,7 @@ def _helper(config, r, i):
         plgpu.commit_smem_to_gmem_group()
         return carry
 
-    lax.fori_loop(0, config.chunks, step, None)
+    lax.fori_loop(0, count, step, None)
     plgpu.wait_smem_to_gmem(0)
 
 

@@ -1,4 +1,4 @@
-"""From piece to piece: the state before every piece of a sequence, of what `pallas_kernels.hopper.scan` sums pieces up in.
+"""From piece to piece: the state before every piece of a sequence, of the sums that `scan` makes of them.
 
 Sᵀ ← Sᵀ Mᵀ + Eᵀ over the pieces, and for cotangents dSᵀ ← dSᵀ M + dEᵀ from the far end. As neither M of the exact rule
 expands (‖M‖ ≤ 1, for any keys), rounding does not grow along the chain. Products are of bfloat16 on the tensor cores,
@@ -29,8 +29,9 @@ def chain(first, maps, ends, *, backward=False):
 
     Args:
         first: [B, H, V, K] float32, Sᵀ before the first piece, or None for zeros; backward: dSᵀ behind the last one.
-        maps: [B, H, P, 2·K, K] bfloat16, Mᵀ of every piece as the sum of two, one below the other.
-        ends: [B, H, P, V, K] float32, Eᵀ.
+        maps: [B, H, P, 2·K, K] bfloat16, Mᵀ of every piece as the sum of two, one below the other. That of the piece
+            passed first is not looked at: its end has been made of `first`.
+        ends: [B, H, P, V, K] float32, Eᵀ, P ≥ 3.
 
     Returns:
         [B, H, P, V, K] float32.
@@ -63,18 +64,23 @@ def _chain(config, r, _):
 
     def load(i):
         slot, full = ring.place(i), ring.full(r, i)
-        plgpu.copy_gmem_to_smem(r.maps.at[r.b, r.h, piece(i)], r.maps_s.at[slot], full)
-        plgpu.copy_gmem_to_smem(r.ends.at[r.b, r.h, piece(i), columns], r.ends_s.at[slot], full)
+        plgpu.copy_gmem_to_smem(r.maps.at[r.b, r.h, piece(i + 1)], r.maps_s.at[slot], full)
+        plgpu.copy_gmem_to_smem(r.ends.at[r.b, r.h, piece(i + 1), columns], r.ends_s.at[slot], full)
 
-    for i in range(min(ring.slots, last)):
+    def store(i, state):
+        r.starts.at[r.b, r.h, piece(i), columns][...] = state
+
+    steps = config.pieces - 2
+    for i in range(min(ring.slots, steps)):
         load(i + r.first)
     if config.given:
-        state = plgpu.load(r.first_state.at[r.b, r.h, columns], layout=TILE, optimized=False)
+        store(r.first, plgpu.load(r.first_state.at[r.b, r.h, columns], layout=TILE, optimized=False))
     else:
-        state = plgpu.layout_cast(jnp.zeros((64, config.key_dim), F32), TILE)
+        store(r.first, plgpu.layout_cast(jnp.zeros((64, config.key_dim), F32), TILE))
+    state = plgpu.load(r.ends.at[r.b, r.h, piece(r.first), columns], layout=TILE, optimized=False)
 
     def step(i, state):
-        r.starts.at[r.b, r.h, piece(i), columns][...] = state
+        store(i + 1, state)
         plgpu.barrier_wait(ring.full(r, i))
         slot = ring.place(i)
         maps = [r.maps_s.at[slot, pl.ds(part * config.key_dim, config.key_dim)] for part in range(2)]
@@ -83,8 +89,7 @@ def _chain(config, r, _):
         high, low = split(state)
         state = matmul([high, high, low], [maps[0], maps[1], maps[0]], state.shape, init=end, staged=staged)
         plgpu.commit_smem()  # what read the place is done before the copy, which is another proxy, writes it
-        pl.when(i + ring.slots < last)(lambda: load(i + ring.slots))
+        pl.when(i + ring.slots < steps)(lambda: load(i + ring.slots))
         return state
 
-    state = lax.fori_loop(0, last, step, state)
-    r.starts.at[r.b, r.h, piece(last + r.first), columns][...] = state
+    store(last + r.first, lax.fori_loop(0, steps, step, state))

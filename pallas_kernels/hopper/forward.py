@@ -410,4 +410,3 @@ def _save(config, r, n):
         plgpu.copy_smem_to_gmem(r.erase_s.at[made], r.erase.at[tokens], commit_group=False)
         plgpu.copy_smem_to_gmem(r.square_s, r.square.at[tokens], commit_group=False)
     plgpu.commit_smem_to_gmem_group()
-

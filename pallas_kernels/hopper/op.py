@@ -5,14 +5,16 @@ and o at K = V = 128), sums log-decays within chunks, pads K and V to 64 or 128 
 write differs from erase, multiplies the values by write.
 """
 
-from functools import partial
-
 import jax.numpy as jnp
 
 from pallas_kernels.hopper import decode, pieces
 from pallas_kernels.hopper.backward import backward as backward_kernel
+from pallas_kernels.hopper.chain import chain
 from pallas_kernels.hopper.forward import forward as forward_kernel
 from pallas_kernels.hopper.mosaic import CHUNK
+from pallas_kernels.hopper.prepare import prepare
+from pallas_kernels.hopper.reverse import reverse
+from pallas_kernels.hopper.scan import scan, summaries
 
 DTYPES = (jnp.bfloat16, jnp.float16)
 LARGEST = 128  # of K and V
@@ -32,7 +34,7 @@ def unsupported(dtypes, key_dim, value_dim, chunk_size):
 
 
 def forward(
-    query, key, value, erase, write, log_decay, initial_state, documents, *, scale, save, exact=False, cut=None
+    query, key, value, erase, write, log_decay, initial_state, documents, *, scale, save, exact=False, plan=None
 ):
     """Output, final state and the residuals of `backward`.
 
@@ -45,7 +47,7 @@ def forward(
         save: whether to return residuals; else ().
         exact: erase and write are (1 - e^{-βλ})/λ with λ = ‖k‖², made in the kernel; in XLA that reads the keys once
             more, and its gradient reads them and writes theirs again. No log_decay then: write would be another number.
-        cut: into how many pieces to cut the rows; None leaves that to `pieces.count`.
+        plan: which kernels, and pieces of which size; None leaves that to `pieces.plan`.
 
     A few tokens after a given state go one by one, with the state in registers (speculative decoding), unless they are
     to be differentiated.
@@ -58,37 +60,43 @@ def forward(
     tied = write is None
     if not tied:
         value = (write[..., None] * value).astype(value.dtype)
-    if cut is None:
-        direction = "both" if save else "forward"
-        cut = pieces.count(direction, value.shape[0] * value.shape[2], length, key_dim, value_dim)
-    query, key, value = _padded(query, key, value, cut=cut)
-    vectors, documents = _vectors(erase, log_decay, documents, cut)
+    query, key, value = _padded(query, key, value)
+    if plan is None:
+        plan = _plan(save, value, key)
+    vectors, documents = _vectors(erase, log_decay, documents)
     initial = _transposed(initial_state, key.shape[-1], value.shape[-1])
-    run = partial(forward_kernel, scale=scale, tied=tied, exact=exact)
-    if cut == 1:
-        out = run(key, query, value, vectors, documents, initial, save=save)
+    options = dict(scale=scale, tied=tied, save=save)
+    if plan.fused:
+        out = forward_kernel(key, query, value, vectors, documents, initial, exact=exact, **options)
     else:
-        out = _forward_in_pieces(run, cut, (key, query, value), vectors, documents, initial, save)
+        out = _by_scan(query, key, value, vectors, documents, initial, plan, options, exact)
     residuals = ()
     if save:
-        names = _saved(exact) + (("maps",) if cut > 1 else ())
-        residuals = tuple(out[name].reshape(-1, cut, *out[name].shape[1:]) for name in names)
+        residuals = tuple(out[name] for name in (*_saved(exact), "maps") if name in out)
     return out["output"][:, :length, :, :value_dim], _state(out["final"], key_dim, value_dim), residuals
 
 
-def _forward_in_pieces(run, cut, tokens, vectors, documents, initial, save):
-    """The forward kernel on every piece, from the state that the pieces before leave; `pieces` says how."""
-    key, query, value = (pieces.fold(x, cut) for x in tokens)
-    vectors = {name: pieces.fold_heads(x, cut) for name, x in vectors.items()}
-    documents = None if documents is None else pieces.fold(documents, cut)
-    key_dim, heads = key.shape[-1], value.shape[2]
-    identity = jnp.broadcast_to(jnp.eye(key_dim, dtype=jnp.float32), (key.shape[0], heads, key_dim, key_dim))
-    nothing = jnp.zeros((*value.shape[:3], key_dim), value.dtype)
-    maps = run(key, query, nothing, vectors, documents, identity, save=False)["final"]
-    ends = run(key, query, value, vectors, documents, None, save=False)["final"]
-    starts, last = pieces.chain(initial, maps, ends, cut)
-    out = run(key, query, value, vectors, documents, starts, save=save)
-    return out | dict(output=pieces.unfold(out["output"], cut), final=last, maps=maps)
+def _plan(save, value, key):
+    batch, length, heads, value_dim = value.shape
+    return pieces.plan("both" if save else "forward", batch * heads, length, key.shape[-1], value_dim)
+
+
+def _by_scan(query, key, value, vectors, documents, initial, plan, options, exact):
+    """The forward pass of few heads: the inverse of all chunks, then the scan, perhaps of pieces side by side."""
+    tied, save = options["tied"], options["save"]
+    made = prepare(key, vectors, documents, value.dtype, tied=tied, save=save, exact=exact)
+    solve = made.pop("solve")
+    vectors = {name: x for name, x in vectors.items() if name != "gain"} | dict(
+        erase=made.get("erase", vectors["gain"])
+    )
+    starts, maps = None if initial is None else initial[:, :, None], None
+    if plan.backward * CHUNK < key.shape[1]:
+        summed = summaries(key, value, solve, vectors, documents, initial, tied=tied, share=plan.backward)
+        maps = summed["maps"]
+        starts = chain(initial, maps, summed["ends"])[:, :, :: plan.forward // plan.backward]
+    out = scan(key, query, value, solve, vectors, documents, starts, share=plan.forward, **options)
+    inverse = made if tied or not save else dict(inverse=solve)
+    return out | made | inverse | ({} if maps is None else dict(maps=maps))
 
 
 def backward(
@@ -106,23 +114,25 @@ def backward(
     *,
     scale,
     exact=False,
+    plan=None,
 ):
     """Gradients of the eight inputs of `forward` but documents, in order; None where the input is None."""
     length, key_heads, key_dim = key.shape[1:]
     value_dim = value.shape[-1]
     tied = write is None
-    cut = residuals[0].shape[1]  # pieces of a row
-    names = _saved(exact) + (("maps",) if cut > 1 else ())
-    saved = {name: x.reshape(-1, *x.shape[2:]) for name, x in zip(names, residuals, strict=True)}
-    padded_query, padded_key, d_output = _padded(query, key, d_output.astype(value.dtype), cut=cut)
+    saved = dict(zip((*_saved(exact), "maps"), residuals, strict=False))  # maps where pieces were summed up
+    padded_query, padded_key, d_output = _padded(query, key, d_output.astype(value.dtype))
     tokens = padded_query, padded_key, d_output
-    vectors, documents = _vectors(erase, log_decay, documents, cut)
+    vectors, documents = _vectors(erase, log_decay, documents)
+    vectors = _backward_vectors(vectors, saved, exact)
     d_final = _transposed(d_state, padded_key.shape[-1], d_output.shape[-1])
-    run = partial(backward_kernel, scale=scale, tied=tied, exact=exact)
-    if cut == 1:
-        out = run(*tokens, saved, _backward_vectors(vectors, saved, exact), documents, d_final)
-    else:
-        out = _backward_in_pieces(run, cut, tokens, saved, vectors, documents, d_final, exact)
+    share = (_plan(True, d_output, padded_key) if plan is None else plan).backward
+    behind = None if d_final is None else d_final[:, :, None]
+    if share * CHUNK < length:
+        ends = reverse(*tokens, saved["inverse"], vectors, documents, d_final, scale=scale, share=share)
+        behind = _behind(d_final, saved.get("maps"), ends)
+    options = dict(scale=scale, tied=tied, exact=exact, share=share)
+    out = backward_kernel(*tokens, saved, vectors, documents, behind, **options)
     per_token = lambda x: jnp.swapaxes(x[..., :length], 1, 2)
     d_query, d_key = (_per_key_head(out[name][:, :length, :, :key_dim], key_heads) for name in ("d_query", "d_key"))
     d_value = out["d_value"][:, :length, :, :value_dim]
@@ -145,17 +155,12 @@ def _backward_vectors(vectors, saved, exact):
     return rest | dict(erase=vectors["gain"])
 
 
-def _backward_in_pieces(run, cut, tokens, saved, vectors, documents, d_final, exact):
-    """The backward kernel on every piece, from the cotangent that the pieces behind leave."""
-    tokens = [pieces.fold(x, cut) for x in tokens]
-    vectors = _backward_vectors({name: pieces.fold_heads(x, cut) for name, x in vectors.items()}, saved, exact)
-    documents = None if documents is None else pieces.fold(documents, cut)
-    ends = run(*tokens, saved, vectors, documents, None)["d_initial"]
-    d_lasts, d_initial = pieces.chain(d_final, saved["maps"], ends, cut, backward=True)
-    out = run(*tokens, saved, vectors, documents, d_lasts)
-    by_head = {"d_erase", "d_decay", "ends", "whole"}
-    whole = lambda name, x: pieces.unfold_heads(x, cut) if name in by_head else pieces.unfold(x, cut)
-    return {name: whole(name, x) for name, x in out.items() if name != "d_initial"} | dict(d_initial=d_initial)
+def _behind(d_final, maps, ends):
+    """The cotangents of the states behind all pieces; of two, the first one's is what the last one makes."""
+    if ends.shape[2] > 2:
+        return chain(d_final, maps, ends, backward=True)
+    last = jnp.zeros_like(ends[:, :, 1]) if d_final is None else d_final
+    return jnp.stack([ends[:, :, 1], last], 2)
 
 
 def _saved(exact):
@@ -163,12 +168,12 @@ def _saved(exact):
     return ("states", "inverse", "solved", "erase", "square")[: 5 if exact else 3]
 
 
-def _padded(*arrays, cut):
-    """[B, T, H, D] with T a multiple of 8, which TMA asks for, or of whole pieces, and D 64 or 128."""
+def _padded(*arrays):
+    """[B, T, H, D] with T a multiple of 8, which TMA asks for, and D 64 or 128."""
     result = []
     for x in arrays:
         size = CHUNK if x.shape[-1] <= CHUNK else LARGEST
-        missing = -x.shape[1] % (8 if cut == 1 else cut * CHUNK), size - x.shape[-1]
+        missing = -x.shape[1] % 8, size - x.shape[-1]
         result.append(jnp.pad(x, ((0, 0), (0, missing[0]), (0, 0), (0, missing[1]))) if any(missing) else x)
     return result
 
@@ -195,9 +200,9 @@ def _per_key_head(x, key_heads):
     return jnp.sum(grouped, 3, dtype=jnp.float32).astype(x.dtype)
 
 
-def _chunked(x, cut, mode="constant"):
-    """[..., T] -> [..., N, C], N a multiple of the pieces of a row."""
-    missing = -x.shape[-1] % (cut * CHUNK)
+def _chunked(x, mode="constant"):
+    """[..., T] -> [..., N, C]."""
+    missing = -x.shape[-1] % CHUNK
     x = jnp.pad(x, ((0, 0),) * (x.ndim - 1) + ((0, missing),), mode=mode)
     return x.reshape(*x.shape[:-1], -1, CHUNK)
 
@@ -211,14 +216,14 @@ def _reach(documents):
     return reach & (documents[..., :, None] == documents[..., None, :])
 
 
-def _vectors(gain, log_decay, documents, cut):
+def _vectors(gain, log_decay, documents):
     """What the kernels read per token, [B, H, N·64] float32, and documents [B, N·64]."""
-    by_head = lambda x: _chunked(jnp.swapaxes(x.astype(jnp.float32), 1, 2), cut)
+    by_head = lambda x: _chunked(jnp.swapaxes(x.astype(jnp.float32), 1, 2))
     gain = by_head(gain)
     vectors = dict(gain=gain)
     first = last = jnp.ones((), bool)
     if documents is not None:
-        documents = _chunked(documents.astype(jnp.int32), cut, mode="edge")  # padding belongs to the last document
+        documents = _chunked(documents.astype(jnp.int32), mode="edge")  # padding belongs to the last document
         before = jnp.pad(documents[:, :-1, -1:], ((0, 0), (1, 0), (0, 0)))
         first, last = (documents == before)[:, None], (documents == documents[..., -1:])[:, None]
         ones = jnp.ones_like(gain)

@@ -28,7 +28,6 @@ from pallas_kernels.hopper.mosaic import (
 )
 
 
-
 def prepare(key, vectors, documents, dtype, *, tied, save, exact=False):
     """What solves for the updates of a chunk's tokens, and what the backward pass needs of it.
 

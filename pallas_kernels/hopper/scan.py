@@ -42,15 +42,15 @@ from pallas_kernels.hopper.mosaic import (
 )
 
 
-def scan(key, query, value, solve, vectors, documents, starts, *, scale, tied, save, pieces=1):
+def scan(key, query, value, solve, vectors, documents, starts, *, scale, tied, save, share):
     """Output, final state and what the backward pass needs, as `forward` gives them.
 
     Args:
         key, query, value, documents: as `forward` takes them.
         solve: [B, H, N, C, C], of `prepare`.
         vectors: erase [B, H, N·64] float32; with decay also left, right and sums, as `forward` takes them.
-        starts: [B, H, pieces, V, K] float32, the state before each piece, or None for zeros (one piece).
-        pieces: of how many chunks each, as equal as may be: `bounds`.
+        starts: [B, H, P, V, K] float32, the state before each piece, or None for zeros.
+        share: chunks of a piece, of which the last may have fewer.
 
     Returns:
         output [B, T, H, V], final [B, H, V, K] float32; with save also states [B, H, N, V, K] and solved [B, T, H, V].
@@ -69,31 +69,33 @@ def scan(key, query, value, solve, vectors, documents, starts, *, scale, tied, s
         )
     return _scan(
         "efla_scan", key, query, value, solve, vectors, documents, starts, outputs,
-        scale=scale, tied=tied, save=save, pieces=pieces, writers=1,
+        scale=scale, tied=tied, save=save, share=share, writers=1,
     )  # fmt: skip
 
 
-def summaries(key, value, solve, vectors, documents, *, tied, pieces):
-    """Of every piece, what it makes of a zero state, and its map.
+def summaries(key, value, solve, vectors, documents, initial, *, tied, share):
+    """Of every piece, what it makes of a zero state (the first one: of the initial state) and its map.
 
-    Arguments: as of `scan`.
+    Args:
+        initial: [B, H, V, K] float32 or None for zeros. The others: as of `scan`.
 
     Returns:
-        ends [B, H, pieces, V, K] float32, Eᵀ; maps [B, H, pieces, 2·K, K] bfloat16, Mᵀ as `chain` takes it.
+        ends [B, H, P, V, K] float32, Eᵀ; maps [B, H, P, 2·K, K] bfloat16, Mᵀ as `chain` takes it.
     """
-    batch, _, heads, value_dim = value.shape
+    batch, length, heads, value_dim = value.shape
     key_dim = key.shape[-1]
+    pieces = pl.cdiv(length, share * CHUNK)
     outputs = dict(
         ends=jax.ShapeDtypeStruct((batch, heads, pieces, value_dim, key_dim), F32),
         maps=jax.ShapeDtypeStruct((batch, heads, pieces, 2 * key_dim, key_dim), ROUNDED),
     )
     return _scan(
-        "efla_summaries", key, None, value, solve, vectors, documents, None, outputs,
-        scale=1.0, tied=tied, save=False, pieces=pieces, writers=1 + (value_dim == key_dim),
+        "efla_summaries", key, None, value, solve, vectors, documents, initial, outputs,
+        scale=1.0, tied=tied, save=False, share=share, writers=1 + (value_dim == key_dim),
     )  # fmt: skip
 
 
-def _scan(name, key, query, value, solve, vectors, documents, starts, outputs, *, scale, tied, save, pieces, writers):
+def _scan(name, key, query, value, solve, vectors, documents, starts, outputs, *, scale, tied, save, share, writers):
     batch, length, key_heads, key_dim = key.shape
     heads, value_dim = value.shape[2:]
     dtype = value.dtype
@@ -104,7 +106,6 @@ def _scan(name, key, query, value, solve, vectors, documents, starts, outputs, *
     inputs |= dict(query=query) if read else {}
     inputs |= dict(documents=documents) if masked else {}
     inputs |= dict(starts=starts) if starts is not None else {}
-    readers = 1 + read
     keys, values, queries = Ring.of("keys", 4, 1), Ring.of("values", 4, 1), Ring.of("queries", 2, 1)
     scores, states, updates = Ring.of("scores", 2, 1), Ring.of("states", 1, 1), Ring.of("updates", 1, 1)
     vector = lambda ring: plgpu.SMEM((ring.slots, CHUNK), F32)
@@ -141,8 +142,9 @@ def _scan(name, key, query, value, solve, vectors, documents, starts, outputs, *
         )
     groups = (value_dim + (0 if read else key_dim)) // 64  # of 64 columns
     chunks = pl.cdiv(length, CHUNK)
+    pieces = pl.cdiv(chunks, share)
     config = SimpleNamespace(
-        chunks=chunks, share=pl.cdiv(chunks, pieces), pieces=pieces, group=heads // key_heads, blocks=groups // writers,
+        chunks=chunks, share=share, pieces=pieces, group=heads // key_heads, blocks=groups // writers,
         key_dim=key_dim, value_groups=value_dim // 64, writers=writers, read=read, dtype=dtype, scale=scale, tied=tied,
         save=save, decayed=decayed, summed=summed, masked=masked, given=starts is not None,
         keys=keys, values=values, queries=queries, scores=scores, states=states, updates=updates,
@@ -154,7 +156,7 @@ def _scan(name, key, query, value, solve, vectors, documents, starts, outputs, *
 def _piece(config, r):
     """Number of the block's piece, its first chunk and how many it has."""
     piece = lax.div(r.c, jnp.int32(config.blocks))
-    first = jnp.minimum(piece * config.share, config.chunks)
+    first = piece * config.share
     return piece, first, jnp.minimum(config.share, config.chunks - first)
 
 
@@ -171,13 +173,7 @@ def _state(config, r, w):
     shape = 64, config.key_dim
     keys, values = config.keys, config.values
     columns = pl.ds(group * 64, 64)
-    if config.given:
-        state = plgpu.load(r.starts.at[r.b, r.h, piece, columns], layout=TILE, optimized=False)
-    elif config.read:
-        state = plgpu.layout_cast(jnp.zeros(shape, F32), TILE)
-    else:
-        number = lambda axis: plgpu.broadcasted_iota(jnp.int32, shape, axis, layout=TILE)
-        state = jnp.where(number(1) == number(0) + (group - config.value_groups) * 64, 1.0, 0.0)
+    state = _start(config, r, piece, group)
     valued = jnp.where(group < config.value_groups, 1.0, 0.0)
 
     def step(i, state):
@@ -213,25 +209,65 @@ def _state(config, r, w):
     if config.read:
         config.states.wait_last(r, count)
         config.updates.wait_last(r, count)
-        pl.when(piece == config.pieces - 1)(lambda: _store(r.final.at[r.b, r.h, columns], state))
+
+        @pl.when(piece == config.pieces - 1)
+        def _():
+            r.final.at[r.b, r.h, columns][...] = state
     else:
-        pl.when(group < config.value_groups)(lambda: _store(r.ends.at[r.b, r.h, piece, columns], state))
-        pl.when(group >= config.value_groups)(lambda: _store_map(config, r, piece, group, state))
+
+        @pl.when(group < config.value_groups)
+        def _():
+            r.ends.at[r.b, r.h, piece, columns][...] = state
+
+        @pl.when(group >= config.value_groups)
+        def _():
+            for part, rounded in enumerate(split(state)):
+                rows = pl.ds(part * config.key_dim + (group - config.value_groups) * 64, 64)
+                r.maps.at[r.b, r.h, piece, rows][...] = rounded
+
     plgpu.wait_smem_to_gmem(0)
+
+
+def _start(config, r, piece, group):
+    """Sᵀ before the piece; what summaries start from."""
+    shape = 64, config.key_dim
+    columns = lambda group: pl.ds(group * 64, 64)
+    if config.read:
+        if config.given:
+            return plgpu.load(r.starts.at[r.b, r.h, piece, columns(group)], layout=TILE, optimized=False)
+        return plgpu.layout_cast(jnp.zeros(shape, F32), TILE)
+    number = lambda axis: plgpu.broadcasted_iota(jnp.int32, shape, axis, layout=TILE)
+    state = jnp.where(number(1) == number(0) + (group - config.value_groups) * 64, 1.0, 0.0)
+    if config.given:
+        of_values = columns(jnp.minimum(group, config.value_groups - 1))
+        initial = plgpu.load(r.starts.at[r.b, r.h, of_values], layout=TILE, optimized=False)
+        state = jnp.where((piece == 0) & (group < config.value_groups), initial, state)
+    return state
+
+
+def _start(config, r, piece, group):
+    """Sᵀ before the piece; what summaries start from."""
+    shape = 64, config.key_dim
+    columns = lambda group: pl.ds(group * 64, 64)
+    if config.read:
+        if config.given:
+            return plgpu.load(r.starts.at[r.b, r.h, piece, columns(group)], layout=TILE, optimized=False)
+        return plgpu.layout_cast(jnp.zeros(shape, F32), TILE)
+    number = lambda axis: plgpu.broadcasted_iota(jnp.int32, shape, axis, layout=TILE)
+    state = jnp.where(number(1) == number(0) + (group - config.value_groups) * 64, 1.0, 0.0)
+    if config.given:
+        of_values = columns(jnp.minimum(group, config.value_groups - 1))
+        initial = plgpu.load(r.starts.at[r.b, r.h, of_values], layout=TILE, optimized=False)
+        state = jnp.where((piece == 0) & (group < config.value_groups), initial, state)
+    return state
 
 
 def _store(ref, state):
     ref[...] = state
 
 
-def _store_map(config, r, piece, group, state):
-    for part, rounded in enumerate(split(state)):
-        first = part * config.key_dim + (group - config.value_groups) * 64
-        r.maps.at[r.b, r.h, piece, pl.ds(first, 64)][...] = rounded
-
-
 def _recall(config, r, w, i, first, columns, state, k_s):
-    """Sᵀ Kᵀ, and the values. Meanwhile the rounded state goes to where the output warpgroup reads it, and if saved on."""
+    """Sᵀ Kᵀ, and the values. Meanwhile the rounded state goes to the output warpgroup, and to device memory if saved."""
     states, values = config.states, config.values
     low = state.astype(config.dtype)
 
@@ -328,7 +364,7 @@ def _helper(config, r, _):
         return carry
 
     lax.fori_loop(0, count, step, None)
-    pl.when(count > 0)(lambda: recycle(count - 1))
+    recycle(count - 1)
     if config.read:
         config.scores.wait_last(r, count)
 
