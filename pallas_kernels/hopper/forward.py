@@ -122,7 +122,7 @@ def forward(key, query, value, vectors, documents, initial, *, scale, tied, save
         k_s=smem((keys.slots, CHUNK, key_dim), dtype),
         q_s=smem((queries.slots, CHUNK, key_dim), dtype),
         v_s=smem((values.slots, writers, *SQUARE), dtype),
-        solve_s=smem((products.slots, CHUNK // BLOCK, CHUNK, BLOCK), dtype),
+        solve_s=smem((products.slots, *SQUARE), dtype),
         scores_s=smem((products.slots, *SQUARE), dtype),
         erase_s=plgpu.SMEM((products.slots, CHUNK), F32),
         stage_s=smem((writers, key_dim // 64 if save or decayed else 1, *SQUARE), dtype),  # the state, then the output
@@ -145,8 +145,8 @@ def forward(key, query, value, vectors, documents, initial, *, scale, tied, save
         state_stage=stage(dtype, writers),
     )
     own = dict(  # a place for each helper
-        cosines_s=smem((helpers, CHUNK // BLOCK, CHUNK, BLOCK), jnp.float16) if save and tied else None,
-        inverse_s=smem((helpers, CHUNK // BLOCK, CHUNK, BLOCK), dtype) if save and tied else None,
+        cosines_s=smem((helpers, *SQUARE), jnp.float16) if save and tied else None,
+        inverse_s=smem((helpers, *SQUARE), dtype) if save and tied else None,
         blocks_s=smem((helpers, 1, BLOCK + CHUNK, BLOCK), jnp.float16),  # zeros, then blocks
         ladder_s=smem((helpers, 2, CHUNK, BLOCK), jnp.float16),
         square_s=plgpu.SMEM((helpers, CHUNK), F32) if save and exact else None,
@@ -248,11 +248,7 @@ def _update(config, r, w, n, columns, recalled):
     if config.tied:
         plgpu.barrier_wait(products.full(r, n))
     rest = rest.astype(config.dtype)
-    blocks = range(CHUNK // BLOCK)
-    update = matmul(
-        [rest[:, i * BLOCK : (i + 1) * BLOCK] for i in blocks], [r.solve_s.at[made, i].T for i in blocks],
-        SQUARE, staged=part_of(r.state_stage, w),
-    )  # fmt: skip
+    update = matmul(rest, r.solve_s.at[made].T, SQUARE, staged=part_of(r.state_stage, w))
     if config.save:  # in the place of V, which all threads have read
         plgpu.commit_smem()
         v_s.T[...] = update.astype(config.dtype)
@@ -402,9 +398,8 @@ def _save(config, r, n):
     """The inverse and the numbers for the backward pass, to device memory."""
     made = config.products.place(n)
     plgpu.commit_smem()
-    for i in range(CHUNK // BLOCK):
-        source = r.inverse_s.at[i] if config.tied else r.solve_s.at[made, i]
-        plgpu.copy_smem_to_gmem(source, r.inverse.at[r.b, r.h, n, :, pl.ds(i * BLOCK, BLOCK)], commit_group=False)
+    source = r.inverse_s if config.tied else r.solve_s.at[made]
+    plgpu.copy_smem_to_gmem(source, r.inverse.at[r.b, r.h, n], commit_group=False)
     if config.exact:
         tokens = r.b, r.h, pl.ds(n * CHUNK, CHUNK)
         plgpu.copy_smem_to_gmem(r.erase_s.at[made], r.erase.at[tokens], commit_group=False)

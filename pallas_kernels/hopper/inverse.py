@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from pallas_kernels.hopper.mosaic import CHUNK, COLS, ROWS, SQUARE, TILE, matmul, matmuls, per_column, per_row, place
-from pallas_kernels.hopper.warps import BLOCK, block_products
+from pallas_kernels.hopper.warps import BLOCK, block_products, joined
 
 STRONG = 1 / 32  # of cλ, see write_inverse
 
@@ -23,7 +23,7 @@ def fresh(r):
 
 
 def write_inverse(config, r, slot, made, decay, midway):
-    """Writes what the state warpgroups solve with, and (saved, tied) the inverse of I + diag(c) M, in blocks [C, 16].
+    """Writes what the state warpgroups solve with, and (saved, tied) the inverse of I + diag(c) M.
 
     With W = (I + M diag(c))⁻¹ the latter is both c W c⁻¹ and I - c W M. The first keeps every entry's precision (keys
     that repeat make small ones), but W, in float16, says little of columns of small cλ; there the second is taken.
@@ -41,10 +41,12 @@ def write_inverse(config, r, slot, made, decay, midway):
     gain = plgpu.load(r.gain_s.at[slot], layout=ROWS)
     erase = gain * _phi1(gain * square) if config.exact else gain
     strength = erase * square
-    columns = [norm, inverse_norm, inverse_norm * strength if config.tied else inverse_norm]
-    if config.tied and config.save:
-        columns.append(jnp.where(strength > STRONG, 1 / jnp.where(strength > STRONG, strength, 1.0), 0.0))
-    for i, values in enumerate(columns):
+    columns = {1: inverse_norm, 2: inverse_norm * strength if config.tied else inverse_norm}
+    if config.save or not config.tied:
+        columns[0] = norm
+    if config.save and config.tied:
+        columns[3] = jnp.where(strength > STRONG, 1 / jnp.where(strength > STRONG, strength, 1.0), 0.0)
+    for i, values in columns.items():
         r.keys_s.at[fresh(r) + i][...] = values
     if config.save and config.exact:
         r.square_s[...] = square
@@ -55,29 +57,21 @@ def write_inverse(config, r, slot, made, decay, midway):
     if config.tied and config.save:
         row, column = place(r)
         strict = jnp.where(row > column, gram * (per_row(inverse_norm, SQUARE) * per_column(numbers(1), SQUARE)), 0.0)
-        strict = _half(strict)
-        for i in range(CHUNK // BLOCK):
-            r.cosines_s.at[fresh(r) + i][...] = strict[:, i * BLOCK : (i + 1) * BLOCK]
+        r.cosines_s[...] = _half(strict)
     rows = inverse_norm if config.tied else inverse_norm * strength
     lower = gram * (per_row(rows, SQUARE) * per_column(numbers(2), SQUARE))
-    x = _ladder(r, lower, midway)
+    x = joined(_ladder(r, lower, midway))
     r.erase_s.at[made()][...] = erase
-    shape = (CHUNK, BLOCK)
-    over = lambda which, i: per_column(numbers(which)[i * BLOCK : (i + 1) * BLOCK], shape)
+    over = lambda which: per_column(numbers(which), SQUARE)
     before, after = (norm, 1) if config.tied else (inverse_norm, 0)
-    for i, block in enumerate(x):
-        r.solve_s.at[made(), i][...] = (block * (per_row(before, shape) * over(after, i))).astype(config.dtype)
+    r.solve_s.at[made()][...] = (x * (per_row(before, SQUARE) * over(after))).astype(config.dtype)
     if not (config.tied and config.save):
         return
-    low = [block.astype(jnp.float16) for block in x]
-    for i, block in enumerate(x):
-        terms = [r.cosines_s.at[fresh(r) + i, pl.ds(j * BLOCK, BLOCK)] for j in range(CHUNK // BLOCK)]
-        linked = matmul(low, terms, shape, staged=r.helper_stage) * -1.0
-        ratio = over(3, i)
-        inverse = jnp.where(ratio > 0, block * ratio, linked) * (per_row(strength * inverse_norm, shape) * over(0, i))
-        row, column = place(r, BLOCK)
-        inverse = jnp.where(row == column + i * BLOCK, 1.0, inverse)
-        r.inverse_s.at[fresh(r) + i][...] = lax.optimization_barrier(inverse).astype(config.dtype)
+    linked = matmul(_half(x), r.cosines_s, SQUARE, staged=r.helper_stage) * -1.0
+    ratio = over(3)
+    inverse = jnp.where(ratio > 0, x * ratio, linked) * (per_row(strength * inverse_norm, SQUARE) * over(0))
+    row, column = place(r)
+    r.inverse_s[...] = lax.optimization_barrier(jnp.where(row == column, 1.0, inverse)).astype(config.dtype)
 
 
 def _phi1(x):

@@ -62,7 +62,6 @@ def prepare(key, vectors, documents, dtype, *, tied, save, exact=False):
     # Of a block. A launch gives each thread of four 128 registers, of three 168.
     count = min(3 if both and decayed else 4, chunks)
     vector = plgpu.SMEM((count, 1, CHUNK), F32)
-    blocks = (CHUNK // BLOCK, CHUNK, BLOCK)
     own = dict(  # a place for each warpgroup
         k_s=smem((count, 1, CHUNK, key_dim), dtype),
         gain_s=vector,
@@ -70,11 +69,11 @@ def prepare(key, vectors, documents, dtype, *, tied, save, exact=False):
         sums_c=vector if summed else None,
         documents_r=plgpu.SMEM((count, 1, CHUNK), jnp.int32) if masked else None,
         documents_c=plgpu.SMEM((count, 1, CHUNK), jnp.int32) if masked else None,
-        solve_s=smem((count, 1, *blocks), dtype),
+        solve_s=smem((count, 1, *SQUARE), dtype),
         erase_s=plgpu.SMEM((count, 1, CHUNK), F32),
         square_s=plgpu.SMEM((count, CHUNK), F32) if save and exact else None,
-        cosines_s=smem((count, *blocks), jnp.float16) if both else None,
-        inverse_s=smem((count, *blocks), dtype) if both else None,
+        cosines_s=smem((count, *SQUARE), jnp.float16) if both else None,
+        inverse_s=smem((count, *SQUARE), dtype) if both else None,
         blocks_s=smem((count, 1, BLOCK + CHUNK, BLOCK), jnp.float16),  # zeros, then blocks
         ladder_s=smem((count, 2, CHUNK, BLOCK), jnp.float16),
         keys_s=plgpu.SMEM((count, 4, CHUNK), F32),  # of each key: norm, one over it, that times cλ, one over cλ
@@ -145,11 +144,9 @@ def _chunks(config, r, i):
 
 def _leave(config, r, n):
     """What was made of chunk n, to device memory."""
-    for i in range(CHUNK // BLOCK):
-        columns = pl.ds(i * BLOCK, BLOCK)
-        pairs = [(r.solve_s.at[fresh(r), i], r.solve)] + ([(r.inverse_s.at[i], r.inverse)] if config.both else [])
-        for source, target in pairs:
-            plgpu.copy_smem_to_gmem(source, target.at[r.b, r.h, n, :, columns], commit_group=False)
+    plgpu.copy_smem_to_gmem(r.solve_s.at[fresh(r)], r.solve.at[r.b, r.h, n], commit_group=False)
+    if config.both:
+        plgpu.copy_smem_to_gmem(r.inverse_s, r.inverse.at[r.b, r.h, n], commit_group=False)
     if config.exact:
         tokens = r.b, r.h, pl.ds(n * CHUNK, CHUNK)
         plgpu.copy_smem_to_gmem(r.erase_s.at[r.first], r.erase.at[tokens], commit_group=False)

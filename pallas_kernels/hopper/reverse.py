@@ -106,10 +106,11 @@ def _state(config, r, w):
     staged = part_of(r.state_stage, w)
     shape = 64, config.key_dim
     tokens, scores = config.tokens, config.scores
-    d_state = plgpu.layout_cast(jnp.zeros(shape, F32), TILE)
     if config.given:
-        d_final = plgpu.load(r.d_final.at[r.b, r.h, columns], layout=TILE, optimized=False)
-        d_state = jnp.where(r.c == config.pieces - 1, d_final, d_state)
+        d_state = plgpu.load(r.d_final.at[r.b, r.h, columns], layout=TILE, optimized=False)
+        d_state = d_state * jnp.where(r.c == config.pieces - 1, 1.0, 0.0)
+    else:
+        d_state = plgpu.layout_cast(jnp.zeros(shape, F32), TILE)
 
     def step(i, d_state):
         slot = tokens.place(i)

@@ -241,7 +241,7 @@ def _start(config, r, piece, group):
     if config.given:
         of_values = columns(jnp.minimum(group, config.value_groups - 1))
         initial = plgpu.load(r.starts.at[r.b, r.h, of_values], layout=TILE, optimized=False)
-        state = jnp.where((piece == 0) & (group < config.value_groups), initial, state)
+        state = state + initial * jnp.where((piece == 0) & (group < config.value_groups), 1.0, 0.0)
     return state
 
 
@@ -258,7 +258,7 @@ def _start(config, r, piece, group):
     if config.given:
         of_values = columns(jnp.minimum(group, config.value_groups - 1))
         initial = plgpu.load(r.starts.at[r.b, r.h, of_values], layout=TILE, optimized=False)
-        state = jnp.where((piece == 0) & (group < config.value_groups), initial, state)
+        state = state + initial * jnp.where((piece == 0) & (group < config.value_groups), 1.0, 0.0)
     return state
 
 
@@ -267,7 +267,7 @@ def _store(ref, state):
 
 
 def _recall(config, r, w, i, first, columns, state, k_s):
-    """Sᵀ Kᵀ, and the values. Meanwhile the rounded state goes to the output warpgroup, and to device memory if saved."""
+    """Sᵀ Kᵀ, and the values. Meanwhile the rounded state goes to the output warpgroup, if saved to memory too."""
     states, values = config.states, config.values
     low = state.astype(config.dtype)
 

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 
 from pallas_kernels.hopper.decode import COLUMNS, ELEMENTS, decode
 from pallas_kernels.hopper.op import backward, forward
+from pallas_kernels.hopper.pieces import cut
 
 Variant = tuple[str, str, Callable, tuple]
 
@@ -25,6 +26,7 @@ def variants() -> Iterator[Variant]:
         if tied and not decay:
             yield from _both_ways(f"{name}-exact", _arrays(key_dim, value_dim, **options), exact=True)
     yield from _few_heads_variants()
+    yield from _pieces_variants()
     yield from _decode_variants()
 
 
@@ -34,6 +36,20 @@ def _few_heads_variants() -> Iterator[Variant]:
         arrays = _arrays(key_dim, 128, tied=exact, decay=not exact, documents=not exact, batch=16)
         name = f"{key_dim}x128-few" + ("-tied-exact" if exact else "-decay-documents")
         yield from _forward(name, arrays, exact=exact)
+
+
+def _pieces_variants() -> Iterator[Variant]:
+    """Rows in pieces: the inverse, summaries, their chain and the scan; the backward pass likewise."""
+    kinds = dict(exact=(True, False, False), tied=(True, True, False), untied=(False, True, True))
+    for (key_dim, value_dim), (kind, (tied, decay, documents)) in product(
+        ((64, 64), (128, 128), (64, 128), (128, 64)), kinds.items()
+    ):
+        if key_dim != value_dim and kind != "exact":
+            continue
+        options = dict(tied=tied, decay=decay, documents=documents)
+        arrays = _arrays(key_dim, value_dim, batch=4, length=2048, **options)
+        plan = cut("both", 16, 2048, value_dim, 8)
+        yield from _both_ways(f"{key_dim}x{value_dim}-pieces-{kind}", arrays, exact=kind == "exact", plan=plan)
 
 
 def _forward(name, arrays, **options) -> Iterator[Variant]:

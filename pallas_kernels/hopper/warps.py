@@ -1,4 +1,4 @@
-"""Products of 16×16 blocks, one a warp, on the tensor cores without a wait and without shared memory.
+"""Tiles of a warpgroup by its registers: products of 16×16 blocks, one a warp, without a wait and shared memory.
 
 wgmma shares its right operand among the four warps of a warpgroup and is waited for; here each warp multiplies its own
 blocks with `mma.sync`. Pallas's `plgpu.mma` would share the right operand too, so the instructions are written here.
@@ -26,6 +26,20 @@ def block_products(x, y):
         return jnp.matmul(blocks(x), blocks(y), precision=jax.lax.Precision.HIGHEST).reshape(CHUNK, BLOCK)
     result = plgpu.ShapeDtypeStruct((CHUNK, BLOCK), F32, layout=TILE)
     return plgpu.inline_mgpu(arg_types=(TILE, TILE), return_type=result)(_block_products)(x, y)
+
+
+def joined(blocks):
+    """Tiles [C, 16] side by side, [C, 64]: one store to shared memory, and not four with a barrier each."""
+    if interpreting():
+        return jnp.concatenate(blocks, axis=1)
+    shape = CHUNK, BLOCK * len(blocks)
+    result = plgpu.ShapeDtypeStruct(shape, blocks[0].dtype, layout=TILE)
+    return plgpu.inline_mgpu(arg_types=(TILE,) * len(blocks), return_type=result)(_joined)(*blocks)
+
+
+def _joined(_, *blocks):
+    registers = np.concatenate([block.registers for block in blocks], axis=1)
+    return mgpu.FragmentedArray(_registers=registers, _layout=blocks[0].layout, _is_signed=None)
 
 
 def _block_products(_, x, y):
