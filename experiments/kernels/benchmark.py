@@ -2,6 +2,7 @@
 
 python -m experiments.kernels.benchmark [--implementations=pallas_gpu,xla,jla,…] [--shapes=8x2048x16x128,…]
     [--directions=forward,both] [--repeats=15] [--dtype=bfloat16] [--output=DIR] [--commit=HASH] [--[no]kernel_time]
+    [--processes=1]
 
 An implementation is one of this library (`xla`), one with another rule (`xla:euler`, `xla:delta_rule`: erase and write
 given), or a peer; shapes are BxTxHxD or BxTxHxKxV, with `pN` behind for N packed documents. A forward gives output and
@@ -10,27 +11,36 @@ state, `both` the output and the gradients of query, key, value, beta for a give
 Time of a call: the host's clock around many queued calls, on sets of inputs larger than the caches. Kernel time: the
 sum of what ran on the GPU for one call, by the profiler. Errors: relative, against the token loop in float64 on the
 same numbers, for some rows and heads. A row is printed as soon as it is measured, and results.json written again.
+
+Each shape has a process of its own. Several (--processes) compile and compute references side by side; one at a time
+measures, and what is timed in it takes turns with nothing else.
 """
 
+import fcntl
 import gc
 import importlib.metadata
 import json
+import multiprocessing
 import os
+import queue
 import re
 import subprocess
+import tempfile
 import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 from absl import app, flags
 
 from efla_jax.errors import UserError
-from efla_jax.evaluation.comparison import Bench, Row, declined, implementation, measure, split_name
+from efla_jax.evaluation.comparison import Bench, Candidate, Row, declined, implementation, measure, split_name
 from efla_jax.evaluation.op_accuracy import Case
 from efla_jax.evaluation.op_report import HEADING, ceilings_text, line, plot, table
 from efla_jax.evaluation.op_speed import BOTH, FORWARD, ceilings
-from experiments.kernels.peers import PACKAGES, PEERS, peer
+from experiments.kernels.peers import IN_TORCH, PACKAGES, PEERS, peer
 from experiments.provenance import provenance
 
 _IMPLEMENTATIONS = flags.DEFINE_list(
@@ -48,6 +58,8 @@ _DTYPE = flags.DEFINE_string("dtype", "bfloat16", "type of query, key and value"
 _KERNEL_TIME = flags.DEFINE_bool("kernel_time", True, "measure the time of kernels by the profiler too")
 _OUTPUT = flags.DEFINE_string("output", None, "folder of results.json, results.md and times.png")
 _COMMIT = flags.DEFINE_string("commit", None, "the commit that is measured, where there is no git to ask")
+
+_PROCESSES = flags.DEFINE_integer("processes", 1, "shapes that are compiled side by side", lower_bound=1)
 
 _PACKAGES = ("jaxlib", "jax-cuda13-plugin", "jax-triton", "triton", "torch", "tilelang", *PACKAGES)
 
@@ -77,17 +89,83 @@ def _plan() -> tuple[list[str], list[Case], list[str]]:
     return _IMPLEMENTATIONS.value, cases, [directions[name] for name in _DIRECTIONS.value]
 
 
-def _measure(bench: Bench, name: str, direction: str, best: dict[str, float]) -> Row:
+class _Job(NamedTuple):
+    """What the process of a shape does."""
+
+    case: Case
+    names: list[str]
+    directions: list[str]
+    best: dict[str, float]
+    repeats: int
+    kernel_time: bool
+
+
+def _builder(name: str):
+    return peer if name in PEERS else implementation
+
+
+@contextmanager
+def _turn(path: str) -> Iterator[None]:
+    """The device to oneself among processes that ask for it; a process that dies gives it back."""
+    with open(path, "wb") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def _work(job: _Job, lock: str, rows: Any) -> None:
+    """Puts the rows of a shape into the queue `rows`; measures while it has the turn."""
+    with _turn(lock):
+        bench = Bench(job.case, gradients=BOTH in job.directions)
+    plan = [(direction, name) for direction in job.directions for name in job.names]
+    built = {}
+    for direction, name in plan:
+        if name not in IN_TORCH:  # those compile as they run
+            with suppress(Exception):  # it fails again, and is reported, where it is measured
+                built[direction, name] = _builder(name)(name, bench, direction)
+    for rule in {name.partition(":")[2] or "exact" for name in job.names}:
+        bench.exact(rule)
+    with _turn(lock):
+        for direction, name in plan:
+            rows.put(_measure(job, bench, name, direction, built.pop((direction, name), None)))
+            gc.collect()  # arrays that a peer still held
+
+
+def _measure(job: _Job, bench: Bench, name: str, direction: str, built: Candidate | None) -> Row:
     """A row; a failure, of a peer or of a kernel, is one too, so that it does not cost the others."""
-    build = peer if name in PEERS else implementation
-    options: dict[str, Any] = dict(repeats=_REPEATS.value, kernel_time=_KERNEL_TIME.value)
+    build = _builder(name) if built is None else lambda *_: built
+    options: dict[str, Any] = dict(repeats=job.repeats, kernel_time=job.kernel_time)
     try:
-        return measure(bench, name, direction, best, build=build, **options)
+        return measure(bench, name, direction, job.best, build=build, **options)
     except ImportError as error:
-        return declined(bench, name, direction, best, f"not installed: {error}")
+        return declined(bench, name, direction, job.best, f"not installed: {error}")
     except Exception as error:
         traceback.print_exc()
-        return declined(bench, name, direction, best, f"failed, {type(error).__name__}: {str(error)[:300]}")
+        reason = f"failed, {type(error).__name__}: {str(error)[:300]}"
+        return declined(bench, name, direction, job.best, reason)
+
+
+def _all_rows(jobs: list[_Job], processes: int) -> Iterator[Row]:
+    """The rows of all shapes as they are measured; those of one come together.
+
+    Raises:
+        RuntimeError: at the end, where a process died.
+    """
+    context = multiprocessing.get_context("spawn")
+    rows, died = context.Queue(), []
+    with tempfile.NamedTemporaryFile() as lock:
+        waiting = [(job.case, context.Process(target=_work, args=(job, lock.name, rows))) for job in jobs]
+        running: list[tuple[Case, Any]] = []
+        while waiting or running:
+            while waiting and len(running) < processes:
+                running.append(waiting.pop(0))
+                running[-1][1].start()
+            try:
+                yield rows.get(timeout=1)
+            except queue.Empty:
+                died += [str(case) for case, process in running if process.exitcode]
+                running = [(case, process) for case, process in running if process.is_alive()]
+    if died:
+        raise RuntimeError(f"the processes of these shapes died: {', '.join(died)}")
 
 
 def _versions() -> str:
@@ -128,16 +206,14 @@ def main(argv: list[str]) -> None:
     folder = Path(_OUTPUT.value) if _OUTPUT.value else None
     if folder:
         folder.mkdir(parents=True, exist_ok=True)
-    for case in cases:
-        print(f"\n{case}\n{HEADING}", flush=True)
-        bench = Bench(case, gradients=BOTH in directions)
-        for direction in directions:
-            for name in names:
-                rows.append(_measure(bench, name, direction, facts["ceilings"]))
-                print(line(rows[-1]), flush=True)
-                gc.collect()  # arrays that a peer still held
-                if folder:
-                    (folder / "results.json").write_text(json.dumps(facts | {"rows": rows}, indent=1) + "\n")
+    jobs = [_Job(case, names, directions, facts["ceilings"], _REPEATS.value, _KERNEL_TIME.value) for case in cases]
+    for row in _all_rows(jobs, _PROCESSES.value):
+        if not rows or row["shape"] != rows[-1]["shape"]:
+            print(f"\n{row['shape']}\n{HEADING}", flush=True)
+        rows.append(row)
+        print(line(row), flush=True)
+        if folder:
+            (folder / "results.json").write_text(json.dumps(facts | {"rows": rows}, indent=1) + "\n")
     if folder:
         (folder / "results.md").write_text(f"# Speed of the kernels\n\n{header}\n\n{table(rows)}\n")
         if any(not row["reason"] for row in rows):

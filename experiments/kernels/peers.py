@@ -214,6 +214,7 @@ PEERS: dict[str, Callable[[Bench, str], Candidate]] = {
     "fla": fla,
     "cudnn_softmax": cudnn_softmax,
 }
+IN_TORCH = ("flashinfer", "flash_qla", "fla")
 PACKAGES = ("jax-linear-attention", "flashinfer-python", "flash-qla", "flash-linear-attention", "fla-core")
 
 

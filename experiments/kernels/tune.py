@@ -52,11 +52,12 @@ def pieces_program(direction: str, shape: Shape, choice: dict[str, int]) -> Call
     draw = lambda seed, *size: jax.random.normal(jax.random.key(seed), (batch, length, heads, *size), jnp.bfloat16)
     inputs = draw(0, key_dim), draw(1, key_dim), draw(2, value_dim), jnp.full((batch, length, heads), 0.5, jnp.float32)
     cotangents = draw(3, value_dim), jnp.zeros((batch, heads, key_dim, value_dim), jnp.float32)
-    options = dict(scale=1.0, exact=True)
+    plan = pieces.cut(direction, batch * heads, length, value_dim, choice["pieces"])
+    options = dict(scale=1.0, exact=True, plan=plan)
 
     def step(query, key, value, beta, d_output, d_state):
         rest = query, key, value, beta, None, None, None, None
-        output, _, residuals = op.forward(*rest, save=direction == "both", cut=choice["pieces"], **options)
+        output, _, residuals = op.forward(*rest, save=direction == "both", **options)
         return op.backward(*rest, residuals, d_output, d_state, **options)[:4] if residuals else output
 
     run = jax.jit(step)
