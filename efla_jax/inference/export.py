@@ -22,7 +22,8 @@ from flax import nnx
 from efla_jax.choices import nearest
 from efla_jax.data.text.tokenizers import Tokenizer
 from efla_jax.inference import InferenceError, folder
-from efla_jax.inference.programs import Cache, cache_form, make_forward, zeros
+from efla_jax.inference.programs import Cache, cache_form, jit_decode, make_decode, make_forward, zeros
+from efla_jax.inference.sampling import Rows
 from efla_jax.inference.text import TextModel
 from efla_jax.models import LanguageModelConfig
 from efla_jax.training import manifest
@@ -129,6 +130,7 @@ class ExportedPrograms:
         self._programs, self._platform = programs, platform
         self._exported = functools.cache(self._read)
         self._compiled = functools.cache(lambda *shape: jax.jit(self._exported(*shape).call, donate_argnums=3))
+        self._decode = jit_decode(make_decode(self._call))
 
     def _read(self, batch: int, length: int) -> jax.export.Exported:
         file = self._programs / _file_name(self._platform, batch, length)
@@ -144,8 +146,19 @@ class ExportedPrograms:
         (_, _, _, cache), _ = jax.tree.unflatten(exported.in_tree, exported.in_avals)
         return zeros(cache)
 
+    def prepare(self, params: Any, /) -> Any:
+        return params  # the programs take them as they were exported
+
     def forward(self, params: Any, tokens_BL: Any, lengths_B: Any, cache: Cache, /) -> tuple[jax.Array, Cache]:
         return self._compiled(*np.shape(tokens_BL))(params, tokens_BL, lengths_B, cache)
+
+    def decode(
+        self, params: Any, rows: Rows, left_B: Any, cache: Cache, /, *, count: int, vocabulary: int, drawing: bool
+    ) -> tuple[jax.Array, Rows, Cache]:
+        return self._decode(params, rows, left_B, cache, count=count, vocabulary=vocabulary, drawing=drawing)
+
+    def _call(self, params, tokens_BL, lengths_B, cache):
+        return self._exported(*np.shape(tokens_BL)).call(params, tokens_BL, lengths_B, cache)
 
 
 def load_artifact(path: str | os.PathLike[str]) -> TextModel:

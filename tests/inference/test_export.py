@@ -70,6 +70,13 @@ def test_text_is_that_of_the_model(artifact, options):
     assert any(text)
 
 
+def test_bursts_are_those_of_the_model(artifact):
+    model = _own(artifact)
+    want = ["".join(model.stream(prompt, 18)) for prompt in PROMPTS[:2]]  # one token at a time
+    assert model.generate(PROMPTS[:2], 18) == want
+    assert load_artifact(artifact).generate(PROMPTS[:2], 18) == want
+
+
 def _own(path):
     return TextModel(*load_folder(path), programs(HYBRID))
 
