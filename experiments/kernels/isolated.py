@@ -60,7 +60,9 @@ def card() -> str | None:
     """Name and driver of the first GPU, asked without starting anything on it."""
     query = ["nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader"]
     try:
-        name, driver = subprocess.run(query, capture_output=True, text=True, check=True).stdout.splitlines()[0].split(",")
+        name, driver = (
+            subprocess.run(query, capture_output=True, text=True, check=True).stdout.splitlines()[0].split(",")
+        )
     except (OSError, subprocess.CalledProcessError, ValueError, IndexError):
         return None
     return f"{name.strip()}, driver {driver.strip()}"

@@ -1,4 +1,5 @@
-"""The training steps that `train_step` times: of this library and of others, on the same model and token batches.
+"""The training steps that `train_step` times, of this library and of others, on the same model and token batches; and
+the rows of its table.
 
 A step is built by build(sizes, batches) and run by step(number), which starts it and returns something to wait for.
 `sizes` are those of the model; batches are int32 [N, B, T + 1] on the host, the last token a target alone.
@@ -7,7 +8,7 @@ A step is built by build(sizes, batches) and run by step(number), which starts i
 import dataclasses
 import importlib
 import json
-import os
+import math
 import time
 import tomllib
 from collections.abc import Callable
@@ -22,7 +23,13 @@ from efla_jax.models.presets import preset
 from efla_jax.training.config import Config, DataConfig, OptimizerConfig, TrainConfig
 from efla_jax.training.objectives import objective_of
 from efla_jax.training.step import initial_state, make_optimizer, make_train_step, schedule
+from experiments.kernels.isolated import Row, card, spread, spread_text
 
+PEAK_FLOPS = {"H100": 989e12, "H200": 989e12}  # dense bfloat16, SXM
+HEADING = (
+    "| B×T | implementation | ms a step, median (quartiles) | tokens/s | MFU | peak memory | ready in | loss |\n"
+    + ("|---|---|---|---|---|---|---|---|")
+)
 LEARNING_RATE, WEIGHT_DECAY, BETAS, CLIP = 3e-4, 0.1, (0.9, 0.95), 1.0
 
 
@@ -174,7 +181,10 @@ def jla(sizes: Sizes, batches: np.ndarray, tuned: bool = False) -> Step:
     params = eqx.filter(model, eqx.is_inexact_array)
     parameters = sum(leaf.size for leaf in jax.tree.leaves(params))
     rate = part("training.schedulers", "create_schedule")(
-        config.optim.lr, config.optim.schedule, total_steps=config.schedule_steps, warmup_steps=0,
+        config.optim.lr,
+        config.optim.schedule,
+        total_steps=config.schedule_steps,
+        warmup_steps=0,
     )
     optimizer = part("training.optimizers", "optimizer_from_config")(config.optim, rate)
     places = jax.tree.map(lambda leaf: leaf.sharding, params)
@@ -225,9 +235,7 @@ def fla_model(sizes: Sizes, dtype: str = "float32") -> Any:
 
 def fla(sizes: Sizes, batches: np.ndarray, dtype: str = "float32") -> Step:
     """As its users train: autocast to bfloat16 over float32 parameters, or all in bfloat16; PyTorch's fused AdamW."""
-    os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
     torch = importlib.import_module("torch")
-    torch.backends.cuda.matmul.allow_tf32 = True
     model = fla_model(sizes, dtype).train()
     optimizer = torch.optim.AdamW(
         model.parameters(), lr=LEARNING_RATE, betas=BETAS, weight_decay=WEIGHT_DECAY, fused=True
@@ -271,3 +279,50 @@ def build(name: str, sizes: Sizes, batches: np.ndarray) -> Step:
 def draw_batches(sizes: Sizes, batch: int, length: int, count: int = 4) -> np.ndarray:
     """int32 [count, B, T + 1], uniform over the vocabulary; the same for every implementation."""
     return np.random.default_rng(0).integers(0, sizes.vocabulary, (count, batch, length + 1), dtype=np.int32)
+
+
+# ---- rows of the table ----
+
+
+def measure(name: str, sizes: Sizes, shape: tuple[int, int], steps: int, repeats: int) -> Row:
+    """Times, memory and losses of one implementation."""
+    begun = time.perf_counter()
+    step = build(name, sizes, draw_batches(sizes, *shape))
+    losses = [step.wait(step.run(number)) for number in range(3)]
+    ready = time.perf_counter() - begun
+    seconds, number = [], len(losses)
+    for _ in range(repeats):
+        begun = time.perf_counter()
+        for _ in range(steps):
+            last = step.run(number)
+            number += 1
+        losses.append(step.wait(last))
+        seconds.append((time.perf_counter() - begun) / steps)
+    return dict(
+        milliseconds=spread(seconds), parameters=step.parameters, peak_bytes=step.peak_bytes(), losses=losses,
+        compile_seconds=step.compile_seconds, ready_seconds=ready,
+    )  # fmt: skip
+
+
+def completed(row: Row, name: str, sizes: Sizes, shape: tuple[int, int]) -> Row:
+    """row with its name and what follows from the times."""
+    row = {"implementation": name, "shape": "×".join(map(str, shape)), "flops_per_token": sizes.flops_per_token()} | row
+    if "milliseconds" in row:
+        row["tokens_per_second"] = 1e3 * math.prod(shape) / row["milliseconds"]["median"]
+        peak = next((flops for kind, flops in PEAK_FLOPS.items() if kind in (card() or "")), None)
+        row["mfu"] = peak and row["tokens_per_second"] * row["flops_per_token"] / peak
+        if not all(map(math.isfinite, row["losses"])):
+            row["suspect"] = "a loss is not finite"
+    return row
+
+
+def line(row: Row) -> str:
+    """A line of the table."""
+    begin = f"| {row['shape']} | {row['implementation']} | "
+    if "reason" in row:
+        return f"{begin}{row['reason']} | | | | | |"
+    mfu = f"{100 * row['mfu']:.1f} %" if row["mfu"] else ""
+    peak = f"{row['peak_bytes'] / 2**30:.1f} GiB" if row["peak_bytes"] else ""
+    losses = f"{row['losses'][0]:.3f} … {row['losses'][-1]:.3f}{' SUSPECT' if 'suspect' in row else ''}"
+    cells = (spread_text(row["milliseconds"]), f"{row['tokens_per_second']:,.0f}", mfu, peak)
+    return begin + " | ".join((*cells, f"{row['ready_seconds']:.0f} s", losses)) + " |"

@@ -13,16 +13,14 @@ on the host; the spread is over `repeats`. MFU: tokens a second × FLOPs a token
 of an H100 or H200, with FLOPs a token = 6 × parameters in matrix products (no embedding) + 18 × layers × heads × K × V.
 """
 
-import math
 import re
-import time
 from pathlib import Path
 from typing import Any
 
 from absl import app, flags
 
-from experiments.kernels.isolated import Row, card, facts, measure_to, measured, spread, spread_text, write
-from experiments.kernels.train_models import Sizes, build, draw_batches
+from experiments.kernels.isolated import Row, facts, measure_to, measured, write
+from experiments.kernels.train_models import HEADING, Sizes, completed, line, measure
 
 _SHAPES = flags.DEFINE_list("shapes", ["8x2048", "1x16384"], "BxT: rows a batch, tokens a row")
 _IMPLEMENTATIONS = flags.DEFINE_list("implementations", ["ours:efla", "ours:deltanet", "jla", "fla"], "see above")
@@ -34,11 +32,6 @@ _OUTPUT = flags.DEFINE_string("output", None, "folder of train_step.json and tra
 _COMMIT = flags.DEFINE_string("commit", None, "the commit that is measured, where there is no git to ask")
 _ROW = flags.DEFINE_string("row", None, "IMPLEMENTATION@BxT: measure this one here")
 _ROW_FILE = flags.DEFINE_string("row_file", None, "the file that its row goes to")
-
-PEAK_FLOPS = {"H100": 989e12, "H200": 989e12}  # dense bfloat16, SXM
-HEADING = "| B×T | implementation | ms a step, median (quartiles) | tokens/s | MFU | peak memory | ready in | loss |\n" + (
-    "|---|---|---|---|---|---|---|---|"
-)
 
 
 def sizes_of(changes: list[str]) -> Sizes:
@@ -58,50 +51,6 @@ def shape_of(text: str) -> tuple[int, int]:
     if match is None:
         raise app.UsageError(f"shape is {text!r}; it must be BxT")
     return int(match[1]), int(match[2])
-
-
-def measure(name: str, sizes: Sizes, shape: tuple[int, int], steps: int, repeats: int) -> Row:
-    """Times, memory and losses of one implementation."""
-    begun = time.perf_counter()
-    step = build(name, sizes, draw_batches(sizes, *shape))
-    losses = [step.wait(step.run(number)) for number in range(3)]
-    ready = time.perf_counter() - begun
-    seconds, number = [], len(losses)
-    for _ in range(repeats):
-        begun = time.perf_counter()
-        for _ in range(steps):
-            last = step.run(number)
-            number += 1
-        losses.append(step.wait(last))
-        seconds.append((time.perf_counter() - begun) / steps)
-    return dict(
-        milliseconds=spread(seconds), parameters=step.parameters, peak_bytes=step.peak_bytes(), losses=losses,
-        compile_seconds=step.compile_seconds, ready_seconds=ready,
-    )  # fmt: skip
-
-
-def completed(row: Row, name: str, sizes: Sizes, shape: tuple[int, int]) -> Row:
-    """row with its name and what follows from the times."""
-    row = {"implementation": name, "shape": "×".join(map(str, shape)), "flops_per_token": sizes.flops_per_token()} | row
-    if "milliseconds" in row:
-        row["tokens_per_second"] = 1e3 * math.prod(shape) / row["milliseconds"]["median"]
-        peak = next((flops for kind, flops in PEAK_FLOPS.items() if kind in (card() or "")), None)
-        row["mfu"] = peak and row["tokens_per_second"] * row["flops_per_token"] / peak
-        if not all(map(math.isfinite, row["losses"])):
-            row["suspect"] = "a loss is not finite"
-    return row
-
-
-def line(row: Row) -> str:
-    """A line of the table."""
-    begin = f"| {row['shape']} | {row['implementation']} | "
-    if "reason" in row:
-        return f"{begin}{row['reason']} | | | | | |"
-    mfu = f"{100 * row['mfu']:.1f} %" if row["mfu"] else ""
-    peak = f"{row['peak_bytes'] / 2**30:.1f} GiB" if row["peak_bytes"] else ""
-    losses = f"{row['losses'][0]:.3f} … {row['losses'][-1]:.3f}{' SUSPECT' if 'suspect' in row else ''}"
-    cells = (spread_text(row["milliseconds"]), f"{row['tokens_per_second']:,.0f}", mfu, peak)
-    return begin + " | ".join((*cells, f"{row['ready_seconds']:.0f} s", losses)) + " |"
 
 
 def _command() -> str:
