@@ -175,8 +175,9 @@ class ExportedPrograms:
     ) -> tuple[jax.Array, Rows, Cache]:
         return self._decode(params, rows, left_B, cache, count=count, vocabulary=vocabulary, drawing=drawing)
 
-    def _call(self, params, tokens_BL, lengths_B, cache):
-        return self._exported(*np.shape(tokens_BL)).call(params, tokens_BL, lengths_B, cache)
+    def _call(self, params: Any, tokens_BL: Any, lengths_B: Any, cache: Cache) -> tuple[jax.Array, Cache]:
+        call: Any = self._exported(*np.shape(tokens_BL)).call
+        return call(params, tokens_BL, lengths_B, cache)
 
 
 def load_artifact(path: str | os.PathLike[str]) -> TextModel:

@@ -92,7 +92,7 @@ def main(argv: list[str]) -> None:
     sizes = _sizes()
     for text in _BATCHES.value:
         _batch(text)
-    if _ROW.value:
+    if _ROW.value and _ROW_FILE.value:
         name, _, text = _ROW.value.partition("@")
         measure_to(_ROW_FILE.value, lambda: _here(name, sizes, _batch(text)))
         return

@@ -24,10 +24,9 @@ from efla_jax.models import LanguageModel
 from experiments.kernels.isolated import Row, spread, spread_text
 from experiments.kernels.train_models import Sizes, fla_model, jla_config, model_config
 
-
 HEADING = (
-    "| B | implementation | step, ms: median (quartiles) | floor, ms | tokens/s | prefill, ms | whole, ms | peak memory | "
-    "remarks |\n|---|---|---|---|---|---|---|---|---|"
+    "| B | implementation | step, ms: median (quartiles) | floor, ms | tokens/s | prefill, ms | whole, ms "
+    "| peak memory | remarks |\n|---|---|---|---|---|---|---|---|---|"
 )
 
 
@@ -73,19 +72,14 @@ def ours(
     logits_BV, cache = jax.block_until_ready(begin())
     rows = fresh_rows(batch)._replace(token=jnp.argmax(logits_BV, -1).astype(jnp.int32)[:, None])
     left_B = np.full(batch, burst, np.int32)
-    options = dict(count=burst, vocabulary=sizes.vocabulary, drawing=False)
-    first_NB, rows, cache = programs.decode(params, rows, left_B, cache, **options)
+    decode = lambda rows, cache: programs.decode(
+        params, rows, left_B, cache, count=burst, vocabulary=sizes.vocabulary, drawing=False
+    )
+    first_NB, rows, cache = decode(rows, cache)
     first_NB = np.asarray(first_NB)
     ready = time.perf_counter() - begun
     prefills = [_seconds(lambda: jax.block_until_ready(begin()[0])) for _ in range(repeats)]
-    steps, bursts = [], max(tokens // burst, 1)
-    for _ in range(repeats):
-        begun = time.perf_counter()
-        for _ in range(bursts):
-            drawn_NB, rows, cache = programs.decode(params, rows, left_B, cache, **options)
-        jax.block_until_ready(drawn_NB)
-        steps.append((time.perf_counter() - begun) / (bursts * burst))
-    del cache
+    steps = _step_seconds(decode, (rows, cache), repeats, max(tokens // burst, 1), burst)
     texts = _whole(programs, params, sizes, prompts, tokens, burst)  # compiles what the engine has beside
     whole = [_seconds(lambda: _whole(programs, params, sizes, prompts, tokens, burst)) for _ in range(repeats)]
     count = min(burst, tokens - 1)
@@ -96,6 +90,18 @@ def ours(
         different_tokens=len(np.unique(first_NB)), peak_bytes=_peak_bytes(),
     )  # fmt: skip
     return row | (_check(sizes, prompts, rule, (programs, params)) if check else {})
+
+
+def _step_seconds(decode: Callable, state: tuple[Any, Any], repeats: int, bursts: int, burst: int) -> list[float]:
+    """Seconds of a step, in each of `repeats` rows of bursts; decode(rows, cache) -> (tokens, rows, cache)."""
+    (rows, cache), found = state, []
+    for _ in range(repeats):
+        begun = time.perf_counter()
+        for _ in range(bursts):
+            _, rows, cache = decode(rows, cache)
+        jax.block_until_ready(rows.token)
+        found.append((time.perf_counter() - begun) / (bursts * burst))
+    return found
 
 
 def _whole(programs, params, sizes, prompts, tokens, burst) -> list[list[int]]:
@@ -162,8 +168,7 @@ def fla(sizes: Sizes, prompts: np.ndarray, tokens: int, repeats: int) -> Row:
 
 def jla(sizes: Sizes, prompts: np.ndarray, tokens: int, repeats: int) -> Row:
     """By its `generate`, its loop on the device, with matrices in bfloat16."""
-    import equinox as eqx
-
+    eqx = importlib.import_module("equinox")
     config = jla_config(sizes, *prompts.shape, tuned=True).model
     build = importlib.import_module("jla.models").build_model
     run = importlib.import_module("jla.inference").generate
@@ -195,7 +200,7 @@ def measure(name: str, sizes: Sizes, prompts: np.ndarray, tokens: int, repeats: 
 
 def completed(row: Row, name: str, sizes: Sizes, batch: int, bandwidth: float | None) -> Row:
     """row with its name and what follows from its numbers."""
-    row = {"implementation": name, "batch": batch, "floor_bytes": floor_bytes(sizes, batch)} | row
+    row = {"implementation": name, "batch": batch, "floor_bytes": floor_bytes(sizes, batch), **row}
     if bandwidth:
         row["floor_ms"] = 1e3 * row["floor_bytes"] / bandwidth
     if "step" in row:

@@ -169,8 +169,7 @@ def jla_config(sizes: Sizes, batch: int, length: int, tuned: bool) -> Any:
 
 def jla(sizes: Sizes, batches: np.ndarray, tuned: bool = False) -> Step:
     """The step of its `Trainer`, built by the trainer's own parts in the trainer's order, for one device."""
-    import equinox as eqx
-
+    eqx = importlib.import_module("equinox")
     config = jla_config(sizes, batches.shape[1], batches.shape[2] - 1, tuned)
     part = lambda module, name: getattr(importlib.import_module(f"jla.{module}"), name)
     plan = part("distributed.mesh", "plan_from_config")(config.mesh, 1)
@@ -293,10 +292,9 @@ def measure(name: str, sizes: Sizes, shape: tuple[int, int], steps: int, repeats
     seconds, number = [], len(losses)
     for _ in range(repeats):
         begun = time.perf_counter()
-        for _ in range(steps):
-            last = step.run(number)
-            number += 1
-        losses.append(step.wait(last))
+        started = [step.run(number + later) for later in range(steps)]
+        losses.append(step.wait(started[-1]))
+        number += steps
         seconds.append((time.perf_counter() - begun) / steps)
     return dict(
         milliseconds=spread(seconds), parameters=step.parameters, peak_bytes=step.peak_bytes(), losses=losses,
@@ -306,7 +304,8 @@ def measure(name: str, sizes: Sizes, shape: tuple[int, int], steps: int, repeats
 
 def completed(row: Row, name: str, sizes: Sizes, shape: tuple[int, int]) -> Row:
     """row with its name and what follows from the times."""
-    row = {"implementation": name, "shape": "×".join(map(str, shape)), "flops_per_token": sizes.flops_per_token()} | row
+    named = {"implementation": name, "shape": "×".join(map(str, shape)), "flops_per_token": sizes.flops_per_token()}
+    row = {**named, **row}
     if "milliseconds" in row:
         row["tokens_per_second"] = 1e3 * math.prod(shape) / row["milliseconds"]["median"]
         peak = next((flops for kind, flops in PEAK_FLOPS.items() if kind in (card() or "")), None)

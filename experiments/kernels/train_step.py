@@ -82,7 +82,7 @@ def main(argv: list[str]) -> None:
     if argv[1:]:
         raise app.UsageError(f"unknown arguments {argv[1:]}")
     sizes = sizes_of([text for text in _SIZES.value if text])
-    if _ROW.value:
+    if _ROW.value and _ROW_FILE.value:
         name, _, text = _ROW.value.partition("@")
         measure_to(_ROW_FILE.value, lambda: measure(name, sizes, shape_of(text), _STEPS.value, _REPEATS.value))
         return
