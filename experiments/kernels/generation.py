@@ -23,7 +23,7 @@ from absl import app, flags
 
 from experiments.kernels.generation_models import HEADING, completed, line, measure
 from experiments.kernels.isolated import Row, facts, measure_to, measured, write
-from experiments.kernels.train_models import Sizes
+from experiments.kernels.train_models import Sizes, sizes_of
 
 _BATCHES = flags.DEFINE_list("batches", ["1", "64"], "rows side by side")
 _IMPLEMENTATIONS = flags.DEFINE_list("implementations", ["ours:efla", "ours:deltanet", "fla"], "see above")
@@ -37,14 +37,6 @@ _OUTPUT = flags.DEFINE_string("output", None, "folder of generation.json and gen
 _COMMIT = flags.DEFINE_string("commit", None, "the commit that is measured, where there is no git to ask")
 _ROW = flags.DEFINE_string("row", None, "IMPLEMENTATION@B: measure this one here")
 _ROW_FILE = flags.DEFINE_string("row_file", None, "the file that its row goes to")
-
-
-def _sizes() -> Sizes:
-    pairs = (text.partition("=") for text in _SIZES.value if text)
-    try:
-        return Sizes(**{name: int(number) for name, _, number in pairs})
-    except (TypeError, ValueError) as error:
-        raise app.UsageError(f"--sizes is {','.join(_SIZES.value)!r}: {error}") from error
 
 
 def _batch(text: str) -> int:
@@ -89,7 +81,7 @@ def _measure_all(sizes: Sizes, folder: Path | None) -> None:
 def main(argv: list[str]) -> None:
     if argv[1:]:
         raise app.UsageError(f"unknown arguments {argv[1:]}")
-    sizes = _sizes()
+    sizes = sizes_of(_SIZES.value)
     for text in _BATCHES.value:
         _batch(text)
     if _ROW.value and _ROW_FILE.value:

@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+from absl import app
 
 from efla_jax.models import LanguageModelConfig, graph_of
 from efla_jax.models.presets import preset
@@ -55,6 +56,18 @@ class Sizes:
         """Of a training step: 2 a parameter forward and 4 backward, and three times the delta rule's own 6 K V a head
         (Sᵀk, k uᵀ and Sᵀq, token by token). Nothing is counted for what is computed again."""
         return 6 * self.matrix_parameters() + 18 * self.layers * self.heads * self.head_dim**2
+
+
+def sizes_of(changes: list[str]) -> Sizes:
+    """Sizes with those given as NAME=NUMBER changed.
+
+    Raises:
+        app.UsageError: no such size, or no number.
+    """
+    try:
+        return Sizes(**{name: int(number) for name, _, number in (text.partition("=") for text in changes if text)})
+    except (TypeError, ValueError) as error:
+        raise app.UsageError(f"--sizes is {','.join(changes)!r}: {error}") from error
 
 
 class Step(NamedTuple):

@@ -20,7 +20,7 @@ from typing import Any
 from absl import app, flags
 
 from experiments.kernels.isolated import Row, facts, measure_to, measured, write
-from experiments.kernels.train_models import HEADING, Sizes, completed, line, measure
+from experiments.kernels.train_models import HEADING, Sizes, completed, line, measure, sizes_of
 
 _SHAPES = flags.DEFINE_list("shapes", ["8x2048", "1x16384"], "BxT: rows a batch, tokens a row")
 _IMPLEMENTATIONS = flags.DEFINE_list("implementations", ["ours:efla", "ours:deltanet", "jla", "fla"], "see above")
@@ -32,18 +32,6 @@ _OUTPUT = flags.DEFINE_string("output", None, "folder of train_step.json and tra
 _COMMIT = flags.DEFINE_string("commit", None, "the commit that is measured, where there is no git to ask")
 _ROW = flags.DEFINE_string("row", None, "IMPLEMENTATION@BxT: measure this one here")
 _ROW_FILE = flags.DEFINE_string("row_file", None, "the file that its row goes to")
-
-
-def sizes_of(changes: list[str]) -> Sizes:
-    """Sizes with NAME=NUMBER changed.
-
-    Raises:
-        app.UsageError: no such size, or no number.
-    """
-    try:
-        return Sizes(**{name: int(number) for name, _, number in (text.partition("=") for text in changes)})
-    except (TypeError, ValueError) as error:
-        raise app.UsageError(f"--sizes is {','.join(changes)!r}: {error}") from error
 
 
 def shape_of(text: str) -> tuple[int, int]:
@@ -81,7 +69,7 @@ def _measure_all(sizes: Sizes, shapes: list[str], folder: Path | None) -> None:
 def main(argv: list[str]) -> None:
     if argv[1:]:
         raise app.UsageError(f"unknown arguments {argv[1:]}")
-    sizes = sizes_of([text for text in _SIZES.value if text])
+    sizes = sizes_of(_SIZES.value)
     if _ROW.value and _ROW_FILE.value:
         name, _, text = _ROW.value.partition("@")
         measure_to(_ROW_FILE.value, lambda: measure(name, sizes, shape_of(text), _STEPS.value, _REPEATS.value))

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from absl import app
 
 from efla_jax.models.presets import parameter_count, preset
 from experiments.kernels import generation_models, isolated, train_models
@@ -34,6 +35,12 @@ def test_the_sizes_are_those_of_the_preset():
 
 def test_the_floor_counts_weights_once_and_states_twice():
     assert floor_bytes(TINY, 3) == 2 * (TINY.matrix_parameters() + 3 * 16) + 3 * 2 * 8 * 8 * 4 * 2
+
+
+def test_other_sizes():
+    assert train_models.sizes_of(["layers=2", "heads=4"]) == Sizes(layers=2, heads=4)
+    with pytest.raises(app.UsageError, match="--sizes is 'layer=2'"):
+        train_models.sizes_of(["layer=2"])
 
 
 def test_rules_of_a_step():
@@ -84,7 +91,6 @@ def test_generation_here():
     ("module", "option", "message"),
     [
         ("train_step", "--shapes=8", "shape is '8'; it must be BxT"),
-        ("train_step", "--sizes=layer=2", "--sizes is 'layer=2'"),
         ("generation", "--batches=0", "batch is '0'; it must be a number of at least 1"),
     ],
 )
