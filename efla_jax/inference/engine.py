@@ -12,7 +12,7 @@ import jax
 import numpy as np
 
 from efla_jax.inference.prefill import prefill
-from efla_jax.inference.programs import Programs, read_slot, write_slot
+from efla_jax.inference.programs import Programs, decode_batch, read_slot, write_slot
 from efla_jax.inference.sampling import Rows, Sampling, fresh_rows, sample
 from efla_jax.inference.state import State
 
@@ -45,7 +45,7 @@ class Engine:
 
     def __init__(self, programs: Programs, params: Any, vocabulary: int, slots: int, burst: int = 1):
         self._programs, self._params, self._vocabulary, self._burst = programs, params, vocabulary, burst
-        self._batch = next((size for size in programs.batch_sizes if size >= slots), programs.batch_sizes[-1])
+        self._batch = decode_batch(programs, slots)
         self._cache, self._rows = programs.empty_cache(self._batch), fresh_rows(self._batch)
         self._slots: list[Request | None] = [None] * min(slots, self._batch)
         self._waiting: deque[Request] = deque()

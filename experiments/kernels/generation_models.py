@@ -18,7 +18,7 @@ from flax import nnx
 from efla_jax.evaluation.op_speed import ceilings
 from efla_jax.inference.engine import Engine, Request
 from efla_jax.inference.prefill import prefill
-from efla_jax.inference.programs import JittedPrograms
+from efla_jax.inference.programs import JittedPrograms, decode_batch
 from efla_jax.inference.sampling import fresh_rows
 from efla_jax.models import LanguageModel
 from experiments.kernels.isolated import Row, spread, spread_text
@@ -45,7 +45,8 @@ def floor_bytes(sizes: Sizes, batch: int) -> int:
 def _programs(sizes: Sizes, prompts: np.ndarray, rule: str, implementation: str | None) -> tuple[JittedPrograms, Any]:
     """Programs for these prompts alone, and random parameters as they take them."""
     config = model_config(sizes, rule, implementation)
-    programs = JittedPrograms(config, batch_sizes=(len(prompts),), lengths=(1, prompts.shape[1]))
+    batch_sizes = (1, 2) if len(prompts) == 1 else (len(prompts),)  # for `decode_batch`
+    programs = JittedPrograms(config, batch_sizes=batch_sizes, lengths=(1, prompts.shape[1]))
     draw = lambda: nnx.state(LanguageModel(config, rngs=nnx.Rngs(0)), nnx.Param)
     return programs, jax.block_until_ready(programs.prepare(jax.jit(draw)()))
 
@@ -70,13 +71,16 @@ def ours(
     begin = lambda: prefill(programs, params, list(prompts), states)
     begun = time.perf_counter()
     logits_BV, cache = jax.block_until_ready(begin())
-    rows = fresh_rows(batch)._replace(token=jnp.argmax(logits_BV, -1).astype(jnp.int32)[:, None])
-    left_B = np.full(batch, burst, np.int32)
+    repeated = decode_batch(programs, batch) // batch
+    again = lambda x: jnp.concatenate([x] * repeated) if repeated > 1 else x
+    cache = jax.tree.map(again, cache)
+    rows = fresh_rows(batch * repeated)._replace(token=again(jnp.argmax(logits_BV, -1).astype(jnp.int32)[:, None]))
+    left_B = np.full(batch * repeated, burst, np.int32)
     decode = lambda rows, cache: programs.decode(
         params, rows, left_B, cache, count=burst, vocabulary=sizes.vocabulary, drawing=False
     )
     first_NB, rows, cache = decode(rows, cache)
-    first_NB = np.asarray(first_NB)
+    first_NB = np.asarray(first_NB)[:, :batch]
     ready = time.perf_counter() - begun
     prefills = [_seconds(lambda: jax.block_until_ready(begin()[0])) for _ in range(repeats)]
     steps = _step_seconds(decode, (rows, cache), repeats, max(tokens // burst, 1), burst)

@@ -8,7 +8,7 @@ import pytest
 
 from efla_jax.inference.engine import Engine, Request
 from efla_jax.inference.prefill import prefill
-from efla_jax.inference.programs import JittedPrograms
+from efla_jax.inference.programs import JittedPrograms, decode_batch
 from efla_jax.inference.sampling import Sampling
 from tests.inference.small import COMPILED, ENDLESS, HYBRID, draw_tokens, greedy, parameters, programs
 
@@ -174,6 +174,17 @@ def test_parameters_are_cast_once():
     tokens = [request(0).tokens]
     want, got = (np.asarray(prefill(served, given, tokens, [None])[0]) for given in (params, prepared))
     assert np.linalg.norm(got - want) <= 0.02 * np.linalg.norm(want)
+
+
+def test_a_single_request_has_an_idle_row_beside_it_on_a_gpu(monkeypatch):
+    served = JittedPrograms(HYBRID, (1, 2, 4), (1, 8))
+    assert [decode_batch(served, slots) for slots in (1, 2, 3, 9)] == [1, 2, 4, 4]
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    assert [decode_batch(served, slots) for slots in (1, 2, 3, 9)] == [2, 2, 4, 4]
+    assert decode_batch(programs(HYBRID), 1) == 1  # of sizes 1 and 4
+    monkeypatch.undo()
+    monkeypatch.setattr("efla_jax.inference.engine.decode_batch", lambda *_: 2)
+    assert run(Engine(served, parameters(HYBRID), 257, slots=1), request(0)) == [alone(0)]
 
 
 def test_programs_are_few_whatever_the_prompts():
