@@ -10,6 +10,7 @@ efla generate --workdir=DIR|--artifact=DIR [--prompt=TEXT|--prompt_file=FILE] [-
            [--top_k=N] [--top_p=P] [--seed=N] [--stop=TEXT] [--stream]
 efla tokenizer train --source=SOURCE --vocab_size=N --output=FILE.json [--text_field=NAME] [--separator=LINE]
 efla export --workdir=DIR --output=DIR2 [--platforms=cpu,cuda,tpu] [--batch_sizes=1,4] [--lengths=1,64,512]
+            [--implementations=cuda:pallas_gpu]
 efla export --workdir=DIR --output=DIR2 --format=fla
 efla import --format=fla --input=DIR --output=DIR2 [--tokenizer=SPEC]
 efla plot --workdir=DIR[,DIR2,…] --output=FILE.png [--metric=loss]

@@ -47,7 +47,7 @@ def export(arguments: Sequence[str]) -> None:
     from efla_jax.inference.export import BATCH_SIZES, LENGTHS, PLATFORMS, export_model
     from efla_jax.inference.load import load_parts
 
-    names = ("workdir", "output", "format", "platforms", "batch_sizes", "lengths")
+    names = ("workdir", "output", "format", "platforms", "batch_sizes", "lengths", "implementations")
     options, rest = parse(arguments, names)
     refuse(rest, names)
     workdir, output = require(options, "workdir", "output")
@@ -55,15 +55,19 @@ def export(arguments: Sequence[str]) -> None:
     if form == "fla":
         from efla_jax.interop import fla
 
-        if set(options) & {"platforms", "batch_sizes", "lengths"}:
-            raise UsageError("--platforms, --batch_sizes and --lengths are of programs; --format=fla has none")
+        if set(options) & {"platforms", "batch_sizes", "lengths", "implementations"}:
+            raise UsageError(
+                "--platforms, --batch_sizes, --lengths and --implementations are of programs; --format=fla has none"
+            )
         fla.save(output, *load_parts(workdir))
     else:
         platforms = options["platforms"].split(",") if "platforms" in options else PLATFORMS
         sizes = dict(
             batch_sizes=integers(options, "batch_sizes", BATCH_SIZES), lengths=integers(options, "lengths", LENGTHS)
         )
-        export_model(output, *load_parts(workdir), platforms=platforms, **sizes)
+        given = [pair.partition(":") for pair in filter(None, options.get("implementations", "").split(","))]
+        implementations = {platform: name for platform, _, name in given}
+        export_model(output, *load_parts(workdir), platforms=platforms, implementations=implementations, **sizes)
     print(output)
 
 

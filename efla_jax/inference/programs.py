@@ -3,8 +3,8 @@
     logits_BV, cache = programs.forward(params, tokens_BL, lengths_B, cache)
 
 goes on from a cache by lengths_B[b] tokens of each row b and gives the logits after the last of them. Prefill is this
-with a long L, decoding with L = 1. `JittedPrograms` compiles them when they are first called; exported ones, see
-`export.py`, have the same interface.
+with a long L, decoding with L = 1; `decode` is many such steps, each with a token drawn, in one call of the device.
+`JittedPrograms` compiles them when they are first called; exported ones, see `export.py`, have the same interface.
 """
 
 from collections.abc import Callable
@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from efla_jax.inference.sampling import Rows, sample
 from efla_jax.models import LanguageModel, LanguageModelConfig, graph_of
 
 Cache = Any  # a pytree every leaf of which has the row as first axis
@@ -46,12 +47,37 @@ class Programs(Protocol):
         """The cache of `batch` rows before their first token; no two leaves share a buffer."""
         ...
 
+    def prepare(self, params: Any, /) -> Any:
+        """The parameters as the other calls take them fastest, for those who make many of them."""
+        ...
+
     def forward(self, params: Any, tokens_BL: Any, lengths_B: Any, cache: Cache, /) -> tuple[jax.Array, Cache]:
         """(logits float32 [B, vocab] after each row's last token, the new cache); takes the cache's buffers.
 
         tokens_BL, lengths_B: int32. A row of length 0 keeps its cache, and its logits mean nothing.
         """
         ...
+
+    def decode(
+        self, params: Any, rows: Rows, left_B: Any, cache: Cache, /, *, count: int, vocabulary: int, drawing: bool
+    ) -> tuple[jax.Array, Rows, Cache]:
+        """`count` times `forward` of the rows' last tokens and `sample`, without the host: (tokens int32 [count, B],
+        rows, cache), as so many single calls give them; takes the cache's buffers.
+
+        left_B: int32, how many tokens each row wants; after them it keeps its cache and its tokens mean nothing.
+        drawing: whether some row has a temperature above 0.
+        """
+        ...
+
+
+def decode_batch(programs: Programs, slots: int) -> int:
+    """The batch size that decodes so many requests: the least that holds them, else the largest.
+
+    On a GPU a single one gets a second, idle row beside it: XLA there turns products of one row into sums, and writes
+    the scaled weights to memory first, three times the traffic of a product of two rows.
+    """
+    least = 2 if slots == 1 and jax.default_backend() == "gpu" and 2 in programs.batch_sizes else slots
+    return next((size for size in programs.batch_sizes if size >= least), programs.batch_sizes[-1])
 
 
 def make_forward(config: LanguageModelConfig) -> Forward:
@@ -66,6 +92,31 @@ def make_forward(config: LanguageModelConfig) -> Forward:
         return model.logits(hidden_BE), cache
 
     return forward
+
+
+def make_decode(forward: Forward) -> Callable[..., tuple[jax.Array, Rows, Cache]]:
+    """`Programs.decode` of a `Programs.forward`, to be jitted with count, vocabulary and drawing static."""
+
+    def decode(params, rows, left_B, cache, *, count, vocabulary, drawing):
+        def step(carry, number):
+            rows, cache = carry
+            logits_BV, cache = forward(params, rows.token, (number < left_B).astype(jnp.int32), cache)
+            rows = sample(logits_BV, rows, vocabulary, drawing)
+            return (rows, cache), rows.token[:, 0]
+
+        # of a fixed number of steps: a GPU then starts them one after the other without asking the host
+        (rows, cache), tokens_NB = jax.lax.scan(step, (Rows(*map(jnp.asarray, rows)), cache), jnp.arange(count))
+        return tokens_NB, rows, cache
+
+    return decode
+
+
+jit_decode = partial(jax.jit, static_argnames=("count", "vocabulary", "drawing"), donate_argnums=3)
+
+
+@partial(jax.jit, static_argnums=0)
+def _matrices_as(dtype: str, params: Any) -> Any:
+    return jax.tree.map(lambda leaf: leaf.astype(dtype) if leaf.ndim > 1 else leaf, params)
 
 
 def cache_form(config: LanguageModelConfig, batch: int) -> Cache:
@@ -90,13 +141,25 @@ class JittedPrograms:
     ):
         self.vocab_size, self.batch_sizes, self.lengths = config.vocab_size, batch_sizes, lengths
         self._form = cache(partial(cache_form, config))  # half a second each
-        self._forward = jax.jit(make_forward(config), donate_argnums=3)
+        forward = make_forward(config)
+        self._dtype = config.dtype
+        self._forward = jax.jit(forward, donate_argnums=3)
+        self._decode = jit_decode(make_decode(forward))
 
     def empty_cache(self, batch: int) -> Cache:
         return zeros(self._form(batch))
 
     def forward(self, params: Any, tokens_BL: Any, lengths_B: Any, cache: Cache, /) -> tuple[jax.Array, Cache]:
         return self._forward(params, tokens_BL, lengths_B, cache)
+
+    def prepare(self, params: Any, /) -> Any:
+        """Matrices in the type that products are computed in, to which every call would cast them again."""
+        return _matrices_as(self._dtype, params)
+
+    def decode(
+        self, params: Any, rows: Rows, left_B: Any, cache: Cache, /, *, count: int, vocabulary: int, drawing: bool
+    ) -> tuple[jax.Array, Rows, Cache]:
+        return self._decode(params, rows, left_B, cache, count=count, vocabulary=vocabulary, drawing=drawing)
 
 
 @jax.jit

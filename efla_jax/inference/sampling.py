@@ -79,12 +79,13 @@ def truncate(
     return jnp.where(kept_BV, sorted_BV, -jnp.inf), token_BV
 
 
-@partial(jax.jit, static_argnames="vocabulary")
-def sample(logits_BV: Float[Array, "B V"], rows: Rows, vocabulary: int) -> Rows:
+@partial(jax.jit, static_argnames=("vocabulary", "drawing"))
+def sample(logits_BV: Float[Array, "B V"], rows: Rows, vocabulary: int, drawing: bool | None = None) -> Rows:
     """rows with the next token of each.
 
     Temperature 0 takes the likeliest token. Else the draw's key is fold_in(key(seed), drawn): it depends on nothing
     but the request. Only the first `vocabulary` ids are drawn; those behind are padding of the model's head.
+    drawing: whether some temperature is above 0; None lets the device find out, for which a GPU waits for the host.
     """
     logits_BV = logits_BV[:, :vocabulary]
 
@@ -97,6 +98,9 @@ def sample(logits_BV: Float[Array, "B V"], rows: Rows, vocabulary: int) -> Rows:
         return jnp.take_along_axis(token_BV, place_B[:, None], axis=-1)[:, 0].astype(jnp.int32)
 
     greedy_B = jnp.argmax(logits_BV, axis=-1).astype(jnp.int32)
-    drawn_B = jax.lax.cond(jnp.any(rows.temperature > 0), draw, lambda _: greedy_B, logits_BV)
+    if drawing is None:
+        drawn_B = jax.lax.cond(jnp.any(rows.temperature > 0), draw, lambda _: greedy_B, logits_BV)
+    else:
+        drawn_B = draw(logits_BV) if drawing else greedy_B
     token_B1 = jnp.where(rows.temperature > 0, drawn_B, greedy_B)[:, None]
     return rows._replace(token=token_B1, drawn=rows.drawn + 1)

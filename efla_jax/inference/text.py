@@ -3,6 +3,7 @@
 import operator
 import os
 from collections.abc import Iterator, Sequence
+from functools import cached_property
 from typing import Any
 
 import jax
@@ -17,6 +18,8 @@ from efla_jax.inference.sampling import Sampling
 from efla_jax.inference.state import Fingerprints, State, load_state
 from efla_jax.models import LanguageModelConfig
 
+# Tokens of a completion that the device draws without waiting for the host, where nobody waits for each of them.
+_BURST = 32
 _TAIL = 16  # tokens of a prompt that its decoder reads before the completion's: enough for a character
 
 
@@ -76,7 +79,7 @@ class TextModel:
             for text, sampling in zip(texts, samplings, strict=True)
         ]
         pieces: dict[Request, list[str]] = {request: [] for request in requests}
-        for request, piece in self._run(requests, _stops(stop)):
+        for request, piece in self._run(requests, _stops(stop), _BURST):
             pieces[request].append(piece)
         completions: Any = ["".join(pieces[request]) for request in requests]
         return completions[0] if isinstance(prompts, str) else completions
@@ -95,7 +98,7 @@ class TextModel:
     ) -> Iterator[str]:
         """The pieces of the completion that `generate` gives, as they come: never half a character or stop string."""
         request = self._request(prompt, max_new_tokens, Sampling(temperature, top_k, top_p, seed), state)
-        return (piece for _, piece in self._run([request], _stops(stop)))
+        return (piece for _, piece in self._run([request], _stops(stop), burst=1))
 
     def prefill(self, prompt: str, *, state: State | None = None) -> State:
         """The state after a text, behind `state` or at the beginning of a document.
@@ -105,7 +108,7 @@ class TextModel:
         """
         tokens = self._encode(prompt, state)
         self._check_reach(tokens, 0, state)
-        logits_BV, cache = prefill(self.programs, self.params, [tokens], [state])
+        logits_BV, cache = prefill(self.programs, self._prepared, [tokens], [state])
         logits, cache = read_slot((logits_BV, cache), 0)
         before = np.zeros(0, np.int32) if state is None else state.tokens
         return State(tuple(jax.tree.leaves(cache)), logits, np.concatenate([before, tokens]), self._fingerprints)
@@ -143,15 +146,20 @@ class TextModel:
                 f"{reach}, the context of the model's softmax blocks: shorten the prompt or ask for fewer tokens"
             )
 
-    def _run(self, requests: Sequence[Request], stops: Sequence[str]) -> Iterator[tuple[Request, str]]:
+    @cached_property
+    def _prepared(self) -> Any:
+        return self.programs.prepare(self.params)
+
+    def _run(self, requests: Sequence[Request], stops: Sequence[str], burst: int) -> Iterator[tuple[Request, str]]:
         """Pieces of text, none of them empty, as they come."""
-        engine = Engine(self.programs, self.params, self.tokenizer.vocab_size, slots=len(requests))
+        engine = Engine(self.programs, self._prepared, self.tokenizer.vocab_size, slots=len(requests), burst=burst)
         outputs = {request: _Output(self.tokenizer, request, stops) for request in requests}
         for request in requests:
             engine.submit(request)
         while engine.busy:
             for request, token in engine.step():
-                piece = outputs[request].push(token)
+                # behind the end of a request its burst goes on
+                piece = "" if request.done else outputs[request].push(token)
                 if piece:
                     yield request, piece
 

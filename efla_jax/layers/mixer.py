@@ -14,6 +14,7 @@ from efla_jax.choices import check_choice, check_sizes
 from efla_jax.layers.convolution import ShortConvolution
 from efla_jax.ops.attention import ImplementationName, efla_attention, efla_step
 from efla_jax.ops.coefficients import INTEGRATORS, Integrator, erase_and_write
+from efla_jax.ops.registry import step_name
 
 Beta = Literal["sigmoid", "softplus"]
 Decay = Literal["none", "log", "v4"]
@@ -50,7 +51,8 @@ class MixerConfig:
     activation: bool = False  # SiLU on query, key and value
     output_norm: bool = True  # RMSNorm over each head's output
     output_gate: bool = False
-    implementation: str | None = None  # of the op over many tokens, as `efla_attention` takes it
+    # Of the op, as `efla_attention` takes it; for single tokens its own step where it has one, see `step_name`.
+    implementation: str | None = None
 
     def __post_init__(self):
         check_choice("integrator", self.integrator, INTEGRATORS)
@@ -251,9 +253,11 @@ class EFLA(nnx.Module):
         options = dict(scale=config.scale, integrator=config.integrator)
         if x_BTE.shape[1] == 1 and cache is not None and segment_ids is None:  # decoding
             decay_BH = None if log_decay is None else log_decay[:, 0]
+            types = (query.dtype, key.dtype, value.dtype)
+            step = step_name(config.implementation, types, config.key_dim, config.value_dim)
             mixed_BHV, state = efla_step(
                 query[:, 0], key[:, 0], value[:, 0], beta[:, 0], cache.state, log_decay=decay_BH,
-                partition_spec=partition_spec, **options,
+                implementation=cast(ImplementationName | None, step), partition_spec=partition_spec, **options,
             )  # fmt: skip
             mixed_BTHV = mixed_BHV[:, None]
         else:

@@ -8,11 +8,15 @@ from jaxtyping import Array, Float, Int
 
 # Logits of one chunk, in elements: 256 MiB of float32.
 _CHUNK_ELEMENTS = 2**26
+_WHOLE = 128  # a chunk of more tokens of T is a multiple of it
 
 
 def _chunk_size(targets_BT, kernel_EV) -> int:
     batch, length = targets_BT.shape
-    return max(1, min(length, _CHUNK_ELEMENTS // max(batch * kernel_EV.shape[1], 1)))
+    most = _CHUNK_ELEMENTS // max(batch * kernel_EV.shape[1], 1)
+    if most > _WHOLE:  # tiles of the products are filled, and usual lengths need no padding
+        most -= most % _WHOLE
+    return max(1, min(length, most))
 
 
 def _sum_dtype(hidden: jax.Array) -> jnp.dtype:

@@ -3,6 +3,7 @@
 import dataclasses
 import math
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Literal, get_args
 
 import jax
@@ -123,6 +124,14 @@ class Block(nnx.Module):
         return x_BTE + self.mlp(self.mlp_norm(x_BTE)), cache, strength_BT
 
 
+@partial(jax.jit, static_argnums=(0, 1))
+def _run_block(graph, partition_spec, params, x_BTE, cache, segment_ids, lengths):
+    """A block from its static part and parameters. Jitted so that blocks which differ in their parameters alone are
+    traced, differentiated and lowered once; the compiler inlines the calls."""
+    options = dict(cache=cache, segment_ids=segment_ids, lengths=lengths, partition_spec=partition_spec)
+    return nnx.merge(graph, params)(x_BTE, **options)
+
+
 class LanguageModel(nnx.Module):
     """Token ids -> embedding -> blocks -> norm -> head.
 
@@ -168,9 +177,9 @@ class LanguageModel(nnx.Module):
         new_cache, strengths = [], []
         for number, block in enumerate(self.blocks):
             held = None if cache is None else cache[number]
-            options = dict(segment_ids=segment_ids, lengths=lengths, partition_spec=partition_spec)
-            call = lambda x, held, block=block, options=options: block(x, cache=held, **options)
-            x_BTE, held, strength_BT = self._remat(call)(x_BTE, held)
+            graph, params = nnx.split(block)
+            call = partial(_run_block, graph, partition_spec)
+            x_BTE, held, strength_BT = self._remat(call)(params, x_BTE, held, segment_ids, lengths)
             new_cache.append(held)
             strengths.append(strength_BT)
         return self.norm(x_BTE), tuple(new_cache), tuple(strengths)

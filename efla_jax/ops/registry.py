@@ -123,6 +123,18 @@ STEPS: dict[str, Implementation] = {
 }
 
 
+def step_name(name: str | None, dtypes: tuple[jnp.dtype, ...], key_dim: int, value_dim: int) -> str | None:
+    """The implementation of single tokens that goes with one of sequences: its own where it has one for such heads,
+    else None, the choice of `choose`."""
+    if name not in STEPS:
+        return None
+    call = Call(
+        batch=1, length=1, key_heads=1, heads=1, key_dim=key_dim, value_dim=value_dim, dtypes=dtypes, log_decay=False,
+        segments=False, chunk_size=None, precision=None, backend=jax.default_backend(),
+    )  # fmt: skip
+    return None if STEPS[name].supported(call) else name
+
+
 def _reason(registry: dict[str, Implementation], name: str, call: Call, must_run: bool) -> str | None:
     """Why `name` cannot serve the call, or None. A kernel for another backend than this one may still be exported;
     must_run rules that out."""

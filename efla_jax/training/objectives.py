@@ -66,14 +66,15 @@ def language_model_sums(
     partition_spec: PartitionSpec | None = None,
     z_loss: float = 0.0,
 ) -> tuple[jax.Array, Sums]:
-    """Cross-entropy in nats over targets that are not -1; batch: inputs, targets, segment_ids int32 [B, T].
+    """Cross-entropy in nats over targets that are not -1; batch: inputs, targets and, where rows hold several
+    documents, segment_ids, int32 [B, T].
 
     The metrics have the gate strength of every block that has a gate as gate/NN, summed over the tokens with a target.
     """
     del dropout_key  # the model has no dropout
     model = nnx.merge(graph, params)
     hidden_BTE, _, strengths = model.trace(
-        batch["inputs"], segment_ids=batch["segment_ids"], partition_spec=partition_spec
+        batch["inputs"], segment_ids=batch.get("segment_ids"), partition_spec=partition_spec
     )
     objective, loss = summed_loss(hidden_BTE, model.head_kernel(partition_spec), batch["targets"], z_loss)
     gates = {

@@ -1,20 +1,22 @@
 """The running batch: requests come and go, and none of them notices."""
 
+import dataclasses
+
 import jax
 import numpy as np
 import pytest
 
 from efla_jax.inference.engine import Engine, Request
 from efla_jax.inference.prefill import prefill
-from efla_jax.inference.programs import JittedPrograms
+from efla_jax.inference.programs import JittedPrograms, decode_batch
 from efla_jax.inference.sampling import Sampling
 from tests.inference.small import COMPILED, ENDLESS, HYBRID, draw_tokens, greedy, parameters, programs
 
 DRAWING = Sampling(temperature=1.0, top_p=0.95, seed=3)
 
 
-def make(config=HYBRID, slots=4):
-    return Engine(programs(config), parameters(config), 257, slots)
+def make(config=HYBRID, slots=4, burst=1):
+    return Engine(programs(config), parameters(config), 257, slots, burst)
 
 
 def request(number, count=6, sampling=None):
@@ -58,6 +60,37 @@ def test_neighbours_and_slots_do_not_matter(sampling):
     requests = lambda: [request(number, 3 + number, sampling) for number in range(6)]
     assert run(make(slots=4), *requests()) == want
     assert run(make(slots=2), *requests()[::-1]) == want[::-1]
+
+
+@pytest.mark.parametrize("sampling", [Sampling(), DRAWING], ids=["greedy", "drawn"])
+def test_bursts_draw_the_same_tokens(sampling):
+    """With requests that end within a burst and others that wait for their slot; several tokens come at a time."""
+    want = [alone(number, 3 + 2 * number, sampling) for number in range(6)]
+    engine, tokens, most = make(slots=2, burst=4), {}, 0
+    requests = [request(number, 3 + 2 * number, sampling) for number in range(6)]
+    for each in requests:
+        engine.submit(each)
+    while engine.busy:
+        ready = engine.step()
+        most = max(most, len(ready))
+        for each, token in ready:
+            tokens.setdefault(each, []).append(token)
+    assert [tokens[each] for each in requests] == want
+    assert most > 4
+
+
+def test_a_request_that_is_done_within_a_burst_makes_room():
+    engine, tokens = make(slots=1, burst=4), {}
+    first, second = request(0, 1000), request(1, 6)
+    engine.submit(first)
+    engine.submit(second)
+    while engine.busy:
+        for each, token in engine.step():
+            tokens.setdefault(each, []).append(token)
+            first.done = len(tokens[first]) >= 6
+    assert tokens[first][:6] == alone(0, 6)
+    assert len(tokens[first]) < 20
+    assert tokens[second] == alone(1, 6)
 
 
 def test_logits_of_neighbours_do_not_matter():
@@ -130,6 +163,28 @@ def test_memory_is_constant_and_nothing_is_compiled_while_decoding():
     assert len(engine._unread) == 1
     assert COMPILED == []
     assert [leaf.unsafe_buffer_pointer() for leaf in jax.tree.leaves(engine._cache)] == cache
+
+
+def test_parameters_are_cast_once():
+    """Of a model that computes in bfloat16: matrices alone, and to what each call would round them."""
+    served, params = programs(dataclasses.replace(ENDLESS, dtype="bfloat16")), parameters(ENDLESS)
+    prepared = served.prepare(params)
+    assert {str(leaf.dtype) for leaf in jax.tree.leaves(prepared) if leaf.ndim > 1} == {"bfloat16"}
+    assert {str(leaf.dtype) for leaf in jax.tree.leaves(prepared) if leaf.ndim == 1} == {"float32"}
+    tokens = [request(0).tokens]
+    want, got = (np.asarray(prefill(served, given, tokens, [None])[0]) for given in (params, prepared))
+    assert np.linalg.norm(got - want) <= 0.02 * np.linalg.norm(want)
+
+
+def test_a_single_request_has_an_idle_row_beside_it_on_a_gpu(monkeypatch):
+    served = JittedPrograms(HYBRID, (1, 2, 4), (1, 8))
+    assert [decode_batch(served, slots) for slots in (1, 2, 3, 9)] == [1, 2, 4, 4]
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    assert [decode_batch(served, slots) for slots in (1, 2, 3, 9)] == [2, 2, 4, 4]
+    assert decode_batch(programs(HYBRID), 1) == 1  # of sizes 1 and 4
+    monkeypatch.undo()
+    monkeypatch.setattr("efla_jax.inference.engine.decode_batch", lambda *_: 2)
+    assert run(Engine(served, parameters(HYBRID), 257, slots=1), request(0)) == [alone(0)]
 
 
 def test_programs_are_few_whatever_the_prompts():

@@ -1,5 +1,6 @@
 """Exported programs: the same text and logits as the model's own, one artifact a platform, damage is named."""
 
+import dataclasses
 import json
 import shutil
 
@@ -70,6 +71,13 @@ def test_text_is_that_of_the_model(artifact, options):
     assert any(text)
 
 
+def test_bursts_are_those_of_the_model(artifact):
+    model = _own(artifact)
+    want = ["".join(model.stream(prompt, 18)) for prompt in PROMPTS[:2]]  # one token at a time
+    assert model.generate(PROMPTS[:2], 18) == want
+    assert load_artifact(artifact).generate(PROMPTS[:2], 18) == want
+
+
 def _own(path):
     return TextModel(*load_folder(path), programs(HYBRID))
 
@@ -102,6 +110,22 @@ def test_the_implementation_is_the_one_that_is_named(monkeypatch):
     monkeypatch.setitem(export.IMPLEMENTATIONS, "cuda", "pallas_gpu")
     with pytest.raises(NotImplementedError, match="pallas_gpu"):
         export.export_program(HYBRID, parameters(HYBRID), "cuda", 1, 4)
+
+
+def test_gpu_kernels_are_exported(tmp_path):
+    """Of a model with heads that they take: prefill and decoding have their kernel, in the files too."""
+    mixer = dataclasses.replace(ENDLESS.mixer, key_dim=64, value_dim=64)
+    config = dataclasses.replace(ENDLESS, mixer=mixer, dtype="bfloat16")
+    export_model(
+        tmp_path / "new", config, parameters(config), load_tokenizer("bytes"), platforms=["cuda"], batch_sizes=[1],
+        lengths=[1, 64], implementations={"cuda": "pallas_gpu"},
+    )  # fmt: skip
+    programs = tmp_path / "new" / "programs"
+    content = json.loads((programs / "manifest.json").read_text())["content"]
+    assert content["implementations"] == {"cuda": "pallas_gpu"}
+    for length in (1, 64):
+        program = jax.export.deserialize(bytearray((programs / f"cuda-b1-l{length}.bin").read_bytes()))
+        assert "mosaic_gpu" in program.mlir_module()
 
 
 def test_a_platform_without_programs_is_refused_with_those_there(tmp_path, artifact):
@@ -149,6 +173,8 @@ def test_what_is_wrong_with_an_artifact_is_named(copy, damage, message):
         (dict(platforms=[]), r"platforms is \[\]"),
         (dict(batch_sizes=[]), r"batch_sizes is \[\]; it must be ascending numbers, each at least 1"),
         (dict(batch_sizes=[4, 1]), r"batch_sizes is \[4, 1\]"),
+        (dict(implementations={"cuda": "palas_gpu"}), "'palas_gpu'; it must be one of .*did you mean 'pallas_gpu'"),
+        (dict(platforms=["cpu"], implementations={"cuda": "xla"}), "names 'cuda', which is not among cpu"),
         (dict(batch_sizes=[0, 1]), r"batch_sizes is \[0, 1\]"),
         (dict(lengths=[1, 4, 4]), r"lengths is \[1, 4, 4\]"),
         (dict(lengths=[2, 4]), r"lengths is \[2, 4\]; the first must be 1, for decoding"),
@@ -188,7 +214,7 @@ def test_the_command_prints_the_same_text_from_workdir_and_artifact(tmp_path, ca
         (["--platforms=gpu"], "platforms is ['gpu']; it must be some of cpu, cuda, tpu"),
         (["--lengths=1,b"], "--lengths is 'b'; it must be an integer"),
         (["--format=flax"], "--format is 'flax'; it must be programs or fla; did you mean 'fla'?"),
-        (["--format=fla", "--lengths=1"], "--platforms, --batch_sizes and --lengths are of programs"),
+        (["--format=fla", "--lengths=1"], "--lengths and --implementations are of programs"),
         (["--format=fla"], "fla has no such model: the linear mixers are gated_efla"),
         (["--length=1"], "unknown option '--length=1'; did you mean '--lengths'?"),
     ],

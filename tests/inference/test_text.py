@@ -12,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from efla_jax.data.text.tokenizers import load_tokenizer
+from efla_jax.inference.sampling import sample
 from efla_jax.inference.state import State
 from efla_jax.inference.text import StopFilter, TextModel
 from tests.inference.small import ENDLESS, HYBRID, LENGTH, SMALL, greedy, parameters, programs, text_model
@@ -58,6 +59,17 @@ class Scripted:
         position = np.maximum(np.asarray(cache[0]), -1) + (np.asarray(lengths_B) > 0)
         likely = self.tokens[np.minimum(position, len(self.tokens) - 1)]
         return jax.nn.one_hot(likely, self.vocab_size), (jax.numpy.asarray(position),)
+
+    def prepare(self, params):
+        return params
+
+    def decode(self, params, rows, left_B, cache, *, count, vocabulary, drawing):
+        tokens = []
+        for number in range(count):
+            logits_BV, cache = self.forward(params, rows.token, number < left_B, cache)
+            rows = sample(logits_BV, rows, vocabulary, drawing)
+            tokens.append(rows.token[:, 0])
+        return jax.numpy.stack(tokens), rows, cache
 
 
 def scripted(text):

@@ -479,3 +479,19 @@ def test_vmaps_over_models():
     for number in range(3):
         model = nnx.merge(graph, jax.tree.map(lambda leaf, number=number: leaf[number], stacked))
         close(y[number], apply(model, x)[0])
+
+
+@pytest.mark.parametrize(
+    ("implementation", "sizes", "kernel"),
+    [("pallas_gpu", (64, 64), True), ("xla", (64, 64), False), ("pallas_gpu", (32, 64), False)],
+)
+def test_decoding_takes_the_implementation_that_is_named(implementation, sizes, kernel):
+    """Lowered for a GPU where there is none: the kernel for a token, unless another is named or it takes no such
+    heads."""
+    config = MixerConfig(heads=1, key_dim=sizes[0], value_dim=sizes[1], implementation=implementation)
+    layer = make(config, dtype=jnp.bfloat16)
+    graph, params = nnx.split(layer)
+    run = jax.jit(lambda params, x, cache: nnx.merge(graph, params)(x, cache=cache))
+    arguments = (params, jnp.ones((1, 1, FEATURES), jnp.bfloat16), layer.empty_cache(1))
+    lowered = run.trace(*arguments).lower(lowering_platforms=("cuda",)).as_text()
+    assert ("mosaic_gpu" in lowered) == kernel
