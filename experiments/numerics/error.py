@@ -11,7 +11,8 @@ rules    EFLA and euler at `middle` tokens with the same raw keys: where euler's
 Types are what inputs are rounded to; float8 is held in bfloat16 (draws.py). Errors are relative and root mean square,
 against float64 on the same rounded numbers; "floor" is what rounding float64's result to the output's type makes.
 A row is printed as soon as it is measured and DIR/error.json written again; rows that are there are skipped. The plots
-and tables are made by experiments.numerics.report. On a GPU, XLA_FLAGS=--xla_gpu_autotune_level=0 compiles sooner.
+and tables are made by experiments.numerics.report. On a GPU, XLA_FLAGS=--xla_gpu_autotune_level=0 compiles sooner, and
+as kernels are lowered one by one, so do several processes with parts or lengths and a --file of their own each.
 """
 
 import itertools
@@ -38,7 +39,8 @@ from experiments.numerics.results import Rows
 from experiments.provenance import provenance
 
 _PARTS = ("oracle", "lengths", "norms", "rules")
-_OUTPUT = flags.DEFINE_string("output", None, "folder of error.json", required=True)
+_OUTPUT = flags.DEFINE_string("output", None, "folder of the rows", required=True)
+_FILE = flags.DEFINE_string("file", "error.json", "file of the rows; report reads error*.json")
 _CHOSEN = flags.DEFINE_list("parts", list(_PARTS), "parts to run")
 _LENGTHS = flags.DEFINE_list("lengths", [str(4**n) for n in range(5, 11)], "tokens; multiples of 16")
 _MIDDLE = flags.DEFINE_integer("middle", 16384, "tokens of the parts norms and rules")
@@ -161,7 +163,7 @@ def main(argv: list[str]) -> None:
         raise app.UsageError("lengths must be multiples of 16")
     facts = _facts()
     print("\n".join(f"- {name}: {value}" for name, value in facts.items()), flush=True)
-    rows = Rows(Path(_OUTPUT.value) / "error.json", facts)
+    rows = Rows(Path(_OUTPUT.value) / _FILE.value, facts)
     todo = points(_CHOSEN.value, lengths, _MIDDLE.value, _TYPES.value, _HEADS.value, _DIM.value)
     wanted = [(point, implementations_for(point.kind, _IMPLEMENTATIONS.value)) for point in todo]
     wanted = [(point, names) for point, names in wanted if any(not rows.has(f"{point}/{name}") for name in names)]

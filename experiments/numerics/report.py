@@ -1,4 +1,4 @@
-"""Tables and plots of the study, from error.json and training.json in one folder, whichever of them are there.
+"""Tables and plots of the study, from error*.json and training*.json in one folder, whichever of them are there.
 
 python -m experiments.numerics.report DIR
 
@@ -233,15 +233,15 @@ def plot_gradients(rows: dict[str, Row], path: Path) -> None:
 def write(folder: Path) -> list[Path]:
     """Everything that the folder's measurements give; returns what was written."""
     text, written = ["# Numerical study\n"], []
-    if (folder / "error.json").exists():
-        runs, rows = read(folder / "error.json")
+    if files := sorted(folder.glob("error*.json")):
+        runs, rows = read(files)
         text += ["# Error against float64\n", _provenance(runs), error_tables(rows)]
         for part, plot, name in (("lengths", plot_lengths, "error.png"), ("norms", plot_norms, "norms.png")):
             if found := _measured(rows, part):
                 plot(found, folder / name)
                 written.append(folder / name)
-    if (folder / "training.json").exists():
-        runs, rows = read(folder / "training.json")
+    if files := sorted(folder.glob("training*.json")):
+        runs, rows = read(files)
         text += ["# Training in each type\n", _provenance(runs), training_table(rows)]
         plot_training(rows, folder / "training.png")
         plot_gradients(rows, folder / "gradients.png")

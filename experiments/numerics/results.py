@@ -2,6 +2,7 @@
 
 import json
 import os
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -34,8 +35,12 @@ class Rows:
         os.replace(new, self._path)
 
 
-def read(path: Path) -> tuple[list[dict[str, Any]], dict[str, Row]]:
-    """(facts of the runs that rows are of, rows by key)."""
-    found = json.loads(path.read_text())
-    used = sorted({row["run"] for row in found["rows"].values()})
-    return [found["runs"][number] for number in used], found["rows"]
+def read(paths: Iterable[Path]) -> tuple[list[dict[str, Any]], dict[str, Row]]:
+    """(facts of the runs that rows are of, rows by key), of all the files."""
+    runs, rows = [], {}
+    for path in paths:
+        found = json.loads(path.read_text())
+        used = sorted({row["run"] for row in found["rows"].values()})
+        runs += [found["runs"][number] for number in used]
+        rows |= found["rows"]
+    return runs, rows

@@ -12,7 +12,8 @@ a GPU; those of float32 inside the op are in full. float16 has float32 parameter
 The train step is the library's own, `every` of them in one program, after each of which the gradients by the values are
 measured on the next batch. The library's loop stops at the first step that is not finite; here the steps run on without
 skipping, to the end of the program, and then the run stops. A run is written to DIR/training.json when it is done, and
-is skipped when it is there. Tables and plots: experiments.numerics.report.
+is skipped when it is there; several processes at a time need a --file of their own each. Tables and plots:
+experiments.numerics.report.
 """
 
 import json
@@ -37,7 +38,8 @@ from experiments.numerics.results import Rows
 from experiments.numerics.tasks import CONFIGS, RULES, TYPES, Columns, Sizes, digits, estimate, order, text_rows
 from experiments.provenance import provenance
 
-_OUTPUT = flags.DEFINE_string("output", None, "folder of training.json", required=True)
+_OUTPUT = flags.DEFINE_string("output", None, "folder of the rows", required=True)
+_FILE = flags.DEFINE_string("file", "training.json", "file of the rows; report reads training*.json")
 _DIGITS = flags.DEFINE_string("digits", None, "MNIST as one file")
 _TEXT = flags.DEFINE_string("text", None, "folder of train.txt.xz and valid.txt.xz")
 _TASKS = flags.DEFINE_list("tasks", list(CONFIGS), "tasks")
@@ -201,7 +203,7 @@ def main(argv: list[str]) -> None:
         raise app.UsageError(f"unknown arguments {argv[1:]}, or steps no multiple of every, or length none of 16")
     facts = _facts(sizes)
     print("\n".join(f"- {name}: {value}" for name, value in facts.items()), flush=True)
-    rows = Rows(Path(_OUTPUT.value) / "training.json", facts)
+    rows = Rows(Path(_OUTPUT.value) / _FILE.value, facts)
     names = [(task, rule, dtype) for task in _TASKS.value for rule in _RULES.value for dtype in _TYPES.value]
     wanted = {
         key: (task, CONFIGS[task](rule, dtype, sizes))

@@ -78,6 +78,7 @@ def test_report(folder):
 
 def test_report_of_one_half(folder):
     (folder / "error.json").unlink()
+    (folder / "training.json").rename(folder / "training-a.json")
     assert [path.name for path in write(folder)] == ["results.md", "training.png", "gradients.png"]
-    rows = json.loads((folder / "training.json").read_text())["rows"]
+    rows = json.loads((folder / "training-a.json").read_text())["rows"]
     assert len(rows) == 12

@@ -33,17 +33,21 @@ def bits(x):
 
 def different_runs(run, *arguments) -> dict[str, int]:
     """In how many of REPEATS further runs of run(*arguments) each result had other bits than in the first."""
-    first = jax.jit(run)(*arguments)
 
     @jax.jit
     def again(count, first, arguments):
         results = run(*arguments)
         differ = {name: jnp.any(bits(x) != bits(first[name])) for name, x in results.items()}
-        return {name: count[name] + differ[name] for name in count}
+        return {name: count[name] + differ[name] for name in count}, results
 
-    count = {name: jnp.zeros((), jnp.int32) for name in first}
+    shapes = jax.eval_shape(run, *arguments)
+    nothing = {name: jnp.zeros((), jnp.int32) for name in shapes}
+    empty = {name: jnp.zeros(x.shape, x.dtype) for name, x in shapes.items()}
+    differ, first = again(nothing, empty, arguments)
+    assert all(differ.values()), "a result is all zeros"
+    count = nothing
     for _ in range(REPEATS):
-        count = again(count, first, arguments)
+        count, _ = again(count, first, arguments)
     return {name: int(x) for name, x in count.items() if x}
 
 
