@@ -18,14 +18,12 @@ as kernels are lowered one by one, so do several processes with parts or lengths
 import itertools
 import os
 import time
-from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
 import jax
 from absl import app, flags
 
-from experiments.numerics.draws import TYPES, Keys, Sizes, draw
+from experiments.numerics.draws import TYPES, Sizes, draw
 from experiments.numerics.measure import (
     ORACLE,
     compile_ahead,
@@ -35,6 +33,7 @@ from experiments.numerics.measure import (
     oracle_error,
     program,
 )
+from experiments.numerics.plan import EFLA, SLOW, UNIT, Point, implementations_for, points
 from experiments.numerics.results import Rows
 from experiments.provenance import provenance
 
@@ -53,49 +52,6 @@ _SEED = flags.DEFINE_integer("seed", 0, "of the random numbers")
 _COMMIT = flags.DEFINE_string("commit", None, "the commit that is measured, where there is no git to ask")
 
 _LONGEST_LOOP = 4096
-EFLA, SLOW, UNIT = Keys(0.1, 10.0), Keys(1e-4, 1e-4), Keys(1.0, 1.0)
-NORMS = [Keys(10.0**n, 10.0**n) for n in range(-6, 4)] + [Keys(1e-6, 1e3)]
-RAW = [Keys(x, x) for x in (0.1, 1.0, 2.0, 3.0, 4.0, 10.0, 100.0, 1000.0)]
-
-
-@dataclass(frozen=True)
-class Point:
-    """Numbers that several implementations are measured on."""
-
-    part: str
-    sizes: Sizes
-    keys: Keys
-    rule: str
-    kind: str
-
-    def __str__(self) -> str:
-        return f"{self.part}/{self.rule}/{self.keys}/{self.sizes.length}/{self.kind}"
-
-
-def points(chosen: list[str], lengths: list[int], middle: int, kinds: list[str], heads: int, dim: int) -> list[Point]:
-    """What the parts measure, oracle apart; the longest sequences last."""
-
-    def every() -> Iterator[Point]:
-        sized = lambda length: Sizes(length, heads, dim)
-        if "norms" in chosen:
-            for keys, kind in itertools.product(NORMS, kinds):
-                yield Point("norms", sized(middle), keys, "exact", kind)
-        if "rules" in chosen:
-            for keys, rule, kind in itertools.product(RAW, ("exact", "euler"), kinds):
-                yield Point("rules", sized(middle), keys, rule, kind)
-        if "lengths" in chosen:
-            for length, (rule, keys), kind in itertools.product(
-                sorted(lengths), (("exact", EFLA), ("exact", SLOW), ("euler", UNIT)), kinds
-            ):
-                yield Point("lengths", sized(length), keys, rule, kind)
-
-    return list(every())
-
-
-def implementations_for(kind: str, names: list[str]) -> list[str]:
-    """`xla` for float32 and bfloat16; kernels for the 16-bit types and what they hold."""
-    serves = {"xla": ("float32", "bfloat16"), "scan": ("float32",)}
-    return [name for name in names if kind in serves.get(name, ("bfloat16", "float16", "float8"))]
 
 
 def measure(point: Point, names: list[str], rows: Rows) -> None:

@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 
-from experiments.numerics.error import EFLA, NORMS, RAW, SLOW, UNIT, implementations_for, points
+from experiments.numerics.plan import EFLA, NORMS, RAW, SLOW, UNIT, implementations_for, points
 from experiments.numerics.report import RESULTS, write
 from experiments.numerics.results import Rows
 

@@ -18,7 +18,7 @@ from efla_jax.models import LanguageModelConfig, LastStateConfig, graph_of
 from efla_jax.training.config import Config, OptimizerConfig, TrainConfig
 from efla_jax.training.objectives import objective_of
 from efla_jax.training.step import initial_state, make_optimizer
-from experiments.numerics import tasks, training
+from experiments.numerics import runs, tasks
 from experiments.numerics.probe import BINS, value_gradients
 
 ROOT = Path(__file__).parents[2]
@@ -84,7 +84,7 @@ def test_order_is_passes_over_all_records():
 
 def test_layers():
     names = ["blocks/0/mixer/key/kernel", "blocks/0/mixer/value/kernel", "blocks/1/mlp/up/kernel", "embed/embedding"]
-    norms = training.by_layer(names, np.array([[9.0, 16.0, 1.0, 4.0], [0, 0, np.nan, 1]]))
+    norms = runs.by_layer(names, np.array([[9.0, 16.0, 1.0, 4.0], [0, 0, np.nan, 1]]))
     assert norms == {"blocks/0/mixer": [5, 0], "blocks/1/mlp": [1, None], "embed": [2, 1]}
 
 
@@ -93,8 +93,8 @@ def test_a_run_stops_where_it_is_not_finite():
         model=PIXELS.model, optimizer=OptimizerConfig(peak_lr=float("1e30")), train=TrainConfig(steps=8, batch_size=4)
     )
     data = (jax.device_put(batch_of(PIXELS, 8)), jax.device_put(batch_of(PIXELS, 8)))
-    programs = training.compile_run(config, data, 2, 0)
-    result = training.run(programs, config, data, 2, 0, "a run")
+    programs = runs.compile_run(config, data, 2, 0)
+    result = runs.run(programs, config, data, 2, 0, "a run")
     assert result["steps"] < 8
     assert result["nonfinite_steps"] > 0
     assert result["first_nonfinite_step"] is not None
