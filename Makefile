@@ -4,7 +4,7 @@ PYTHON := .venv/bin/python
 HUGE_PAGES := GLIBC_TUNABLES=glibc.malloc.hugetlb=1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-slow test-jax-next check-gpu-compile lint types format lock clean
+.PHONY: help setup demo test test-slow test-jax-next test-gpu check-gpu-compile lint types format lock clean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-17s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -24,6 +24,16 @@ test-slow: setup  ## the tests marked slow
 test-jax-next: setup  ## the kernels' tests that are not slow, on the newest JAX 0.12, in an environment of its own
 	@bash .ci/environment.sh jax-next
 	.cache/jax-next/bin/python -m pytest -n 2 -m "not slow" tests/pallas_kernels/hopper
+
+# Without autotuning a program compiles sooner, and sums in one order. `make test-gpu PYTHON=python3` takes another
+# environment than .venv; WORKERS processes share the card.
+WORKERS := 12
+GPU_TESTS := tests/ops tests/pallas_kernels/hopper tests/on_device
+
+test-gpu:  ## on an NVIDIA GPU: every test of the op against float64, kernels not interpreted, and 1000 equal runs
+	JAX_PLATFORMS=cuda,cpu XLA_PYTHON_CLIENT_PREALLOCATE=false \
+	XLA_FLAGS="--xla_gpu_autotune_level=0 --xla_gpu_enable_triton_gemm=false" \
+	    $(PYTHON) -m pytest -n $(WORKERS) --dist worksteal $(GPU_TESTS)
 
 check-gpu-compile: setup  ## compile the GPU kernels without a GPU: registers, spills, shared memory, within budget
 	@bash .ci/environment.sh gpu-compile

@@ -1,7 +1,10 @@
-"""Checks of options: one of a few names, sizes."""
+"""Checks of options: one of a few names, sizes; the types that models compute in."""
 
 import difflib
 from collections.abc import Iterable
+from typing import Literal
+
+Dtype = Literal["float32", "bfloat16", "float16"]  # of activations and products
 
 
 def nearest(name: object, names: Iterable[str]) -> str:

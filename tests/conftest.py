@@ -1,4 +1,8 @@
-"""Settings of every test process. They must be in place before JAX is first imported."""
+"""Settings of every test process. They must be in place before JAX is first imported.
+
+On the CPU, unless JAX_PLATFORMS names a GPU (`make test-gpu`): kernels are then not interpreted. Tests marked cpu, with
+the reason, are skipped there; tests marked gpu are skipped here.
+"""
 
 import os
 import sys
@@ -32,3 +36,30 @@ def _set_environment() -> None:
 
 
 _set_environment()
+
+
+def _gpu_wanted() -> bool:
+    platforms = os.environ["JAX_PLATFORMS"].split(",")
+    return "cuda" in platforms or "gpu" in platforms
+
+
+def pytest_configure() -> None:
+    """Where a GPU was asked for and is not there, tests on the CPU would pass for it."""
+    if not _gpu_wanted():
+        return
+    import jax
+
+    if jax.default_backend() != "gpu":
+        raise pytest.UsageError(
+            f"JAX_PLATFORMS is {os.environ['JAX_PLATFORMS']}, but JAX finds no GPU: it runs on {jax.devices()[0]}"
+        )
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    wanted = _gpu_wanted()
+    for item in items:
+        of_cpu = item.get_closest_marker("cpu")
+        if wanted and of_cpu is not None:
+            item.add_marker(pytest.mark.skip(reason=f"not on a GPU: {of_cpu.args[0]}"))
+        elif not wanted and item.get_closest_marker("gpu") is not None:
+            item.add_marker(pytest.mark.skip(reason="needs an NVIDIA GPU: make test-gpu"))

@@ -12,7 +12,7 @@ from flax import nnx
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int
 
-from efla_jax.choices import check_choice, check_sizes
+from efla_jax.choices import Dtype, check_choice, check_sizes
 from efla_jax.layers import EFLA, AttentionConfig, MixerConfig, SoftmaxAttention, SwiGLU
 from efla_jax.ops.sharding import constrain
 
@@ -28,7 +28,6 @@ LINEAR_MIXERS: dict[str, dict[str, Any]] = {
     "v4_deltanet": _DELTANET | dict(decay="v4"),
 }
 MIXERS = (*LINEAR_MIXERS, "softmax", "sliding_window")
-Dtype = Literal["float32", "bfloat16"]
 Remat = Literal["none", "dots", "full"]
 
 
@@ -40,7 +39,8 @@ class LanguageModelConfig:
     is a hybrid with every third block softmax. What is common to the linear ones stands in `mixer` (integrator,
     normalize_keys and decay come with the name), to the others in `attention`. context is how many tokens a softmax
     block can look back on, when decoding too. tied: the head is the embedding.
-    dtype is that of activations and products; parameters are float32. remat is what the backward pass computes again:
+    dtype is that of activations and products; parameters are float32. The loss is not scaled for float16, whose range
+    then loses small gradients. remat is what the backward pass computes again:
     nothing, all but products with weights ("dots"), or whole blocks ("full").
     """
 

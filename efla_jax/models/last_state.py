@@ -9,7 +9,7 @@ from flax import nnx
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, UInt8
 
-from efla_jax.choices import check_choice, check_sizes
+from efla_jax.choices import Dtype, check_choice, check_sizes
 from efla_jax.layers.mixer import Beta, step_size, unit_keys
 from efla_jax.models.classifier import check_tokens, pixel_tokens
 from efla_jax.ops.attention import efla_attention
@@ -18,7 +18,10 @@ from efla_jax.ops.coefficients import INTEGRATORS, Integrator
 
 @dataclass(frozen=True)
 class LastStateConfig:
-    """EFLA: integrator "exact" on raw keys. DeltaNet: "euler" with normalize_keys."""
+    """EFLA: integrator "exact" on raw keys. DeltaNet: "euler" with normalize_keys.
+
+    dtype is that of activations and products; parameters, state and logits are float32.
+    """
 
     pixels: int = 784
     pixels_per_token: int = 1
@@ -28,8 +31,10 @@ class LastStateConfig:
     normalize_keys: bool = False
     beta: Beta = "sigmoid"
     beta_bias: float = -2.0
+    dtype: Dtype = "float32"
 
     def __post_init__(self):
+        check_choice("dtype", self.dtype, get_args(Dtype))
         check_choice("integrator", self.integrator, INTEGRATORS)
         check_choice("beta", self.beta, get_args(Beta))
         check_sizes(self, "pixels", "pixels_per_token", "classes", "features")
@@ -49,14 +54,14 @@ class LastStateClassifier(nnx.Module):
 
     def __init__(self, config: LastStateConfig, *, rngs: nnx.Rngs):
         self.config = config
-        size = config.features
-        linear = dict(use_bias=False, kernel_init=nnx.initializers.xavier_uniform(), rngs=rngs)
+        size, options = config.features, dict(dtype=jnp.dtype(config.dtype), rngs=rngs)
+        linear = dict(use_bias=False, kernel_init=nnx.initializers.xavier_uniform(), **options)
         self.embed = nnx.Linear(config.pixels_per_token, size, **linear)
         self.position = nnx.Param(nnx.initializers.normal(0.02)(rngs.params(), (config.tokens, size)))
         self.query, self.key, self.value = (nnx.Linear(size, size, **linear) for _ in range(3))
-        self.beta = nnx.Linear(size, 1, bias_init=nnx.initializers.constant(config.beta_bias), rngs=rngs)
-        self.norm = nnx.LayerNorm(size, rngs=rngs)
-        self.head = nnx.Linear(size, config.classes, rngs=rngs)
+        self.beta = nnx.Linear(size, 1, bias_init=nnx.initializers.constant(config.beta_bias), **options)
+        self.norm = nnx.LayerNorm(size, **options)
+        self.head = nnx.Linear(size, config.classes, **options)
 
     def __call__(
         self,
@@ -67,7 +72,8 @@ class LastStateClassifier(nnx.Module):
     ) -> Float[Array, "B classes"]:
         """Logits of images, intensities in [0, 1] or uint8. The model has no dropout and uses no dropout_key."""
         del dropout_key
-        x_BTE = self.embed(pixel_tokens(images, self.config.pixels_per_token)) + self.position[...][None]
+        position_TE = self.position[...].astype(self.config.dtype)
+        x_BTE = self.embed(pixel_tokens(images, self.config.pixels_per_token)) + position_TE[None]
         x_BTE = jax.nn.gelu(x_BTE, approximate=False)
         key_BTK = self.key(x_BTE)
         if self.config.normalize_keys:
@@ -82,4 +88,5 @@ class LastStateClassifier(nnx.Module):
             partition_spec=partition_spec,
         )
         last_BK = self.query(x_BTE[:, -1])
-        return self.head(self.norm(jnp.einsum("bk,bkv->bv", last_BK, state_BHKV[:, 0])))
+        logits = self.head(self.norm(jnp.einsum("bk,bkv->bv", last_BK, state_BHKV[:, 0])))
+        return logits.astype(jnp.float32)

@@ -14,31 +14,36 @@ from pallas_kernels.hopper.pieces import cut
 Variant = tuple[str, str, Callable, tuple]
 
 
-def variants() -> Iterator[Variant]:
-    """(name, "forward" or "backward", function, its arguments as shapes)."""
+def variants(**small: int) -> Iterator[Variant]:
+    """(name, "forward" or "backward", function, its arguments as shapes).
+
+    small: other sizes than `_arrays` has, of batch, length and heads. B·H above half of the processors keeps the
+    blocks of the kernels whole; those for few heads always have 16 rows.
+    """
     sizes = (64, 64), (128, 128), (64, 128), (128, 64)
     for (key_dim, value_dim), tied, decay, documents in product(sizes, (True, False), (False, True), (False, True)):
         if key_dim != value_dim and (decay or documents):
             continue
         options = dict(tied=tied, decay=decay, documents=documents)
         name = f"{key_dim}x{value_dim}" + "".join(f"-{option}" for option, on in options.items() if on)
-        yield from _both_ways(name, _arrays(key_dim, value_dim, **options))
+        arrays = _arrays(key_dim, value_dim, **options, **small)
+        yield from _both_ways(name, arrays)
         if tied and not decay:
-            yield from _both_ways(f"{name}-exact", _arrays(key_dim, value_dim, **options), exact=True)
-    yield from _few_heads_variants()
-    yield from _pieces_variants()
-    yield from _decode_variants()
+            yield from _both_ways(f"{name}-exact", arrays, exact=True)
+    yield from _few_heads_variants(small)
+    yield from _pieces_variants(small)
+    yield from _decode_variants(small)
 
 
-def _few_heads_variants() -> Iterator[Variant]:
+def _few_heads_variants(small) -> Iterator[Variant]:
     """Forward kernels that split the columns of the state over blocks of threads."""
     for key_dim, exact in product((64, 128), (True, False)):
-        arrays = _arrays(key_dim, 128, tied=exact, decay=not exact, documents=not exact, batch=16)
+        arrays = _arrays(key_dim, 128, tied=exact, decay=not exact, documents=not exact, **small | dict(batch=16))
         name = f"{key_dim}x128-few" + ("-tied-exact" if exact else "-decay-documents")
         yield from _forward(name, arrays, exact=exact)
 
 
-def _pieces_variants() -> Iterator[Variant]:
+def _pieces_variants(small) -> Iterator[Variant]:
     """Rows in pieces: the inverse, summaries, their chain and the scan; the backward pass likewise."""
     kinds = dict(exact=(True, False, False), tied=(True, True, False), untied=(False, True, True))
     for (key_dim, value_dim), (kind, (tied, decay, documents)) in product(
@@ -47,8 +52,8 @@ def _pieces_variants() -> Iterator[Variant]:
         if key_dim != value_dim and kind != "exact":
             continue
         options = dict(tied=tied, decay=decay, documents=documents)
-        arrays = _arrays(key_dim, value_dim, batch=4, length=2048, **options)
-        plan = cut("both", 16, 2048, value_dim, 8)
+        arrays = _arrays(key_dim, value_dim, **options, **small | dict(batch=4))
+        plan = cut("both", 16, arrays[0].shape[1], value_dim, 4)
         yield from _both_ways(f"{key_dim}x{value_dim}-pieces-{kind}", arrays, exact=kind == "exact", plan=plan)
 
 
@@ -63,14 +68,15 @@ def _both_ways(name, arrays, **options) -> Iterator[Variant]:
     yield f"backward-{name}", "backward", partial(backward, scale=1.0, **options), _backward_arrays(arrays, **options)
 
 
-def _decode_variants() -> Iterator[Variant]:
+def _decode_variants(small) -> Iterator[Variant]:
     """Every width of block that fits; one token and many; with as little to read as possible, and with all there is."""
     for dim, length, columns in product((64, 128, 256), (1, 16), COLUMNS):
         if columns > dim or dim * columns > ELEMENTS:
             continue
+        sizes = small | dict(length=length)
         for full in (False, True):
             options = dict(tied=not full, decay=full, documents=False, dtype=jnp.float32 if full else jnp.bfloat16)
-            arrays = _arrays(dim, dim, length=length, **options)[:-1]
+            arrays = _arrays(dim, dim, **sizes, **options)[:-1]
             name = f"decode-{dim}x{dim}-tokens{length}-columns{columns}" + "-full" * full
             yield name, "forward", partial(decode, scale=1.0, columns=columns), arrays
 

@@ -157,7 +157,7 @@ def test_rows_are_slots_that_fill_at_their_own_pace():
     close(hidden[2, :1], want[0, 8:])
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 def test_the_empty_cache_is_of_the_types_that_calls_return(dtype):
     model = make(dataclasses.replace(HYBRID, dtype=dtype))
     empty = model.empty_cache(2)

@@ -1,5 +1,6 @@
 """The paper's sequential-MNIST model against a few lines of NumPy written from the paper."""
 
+import dataclasses
 import functools
 import math
 
@@ -117,3 +118,17 @@ def test_parameters_start_as_in_the_paper():
 def test_a_bad_config_is_refused(change, message):
     with pytest.raises(ValueError, match=message):
         LastStateConfig(**change)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_low_precision(dtype):
+    """Parameters and logits stay float32; the logits are those of float32 to a few roundings of the type."""
+    low = dataclasses.replace(RULES["EFLA"], dtype=dtype)
+    params = nnx.state(model_of(RULES["EFLA"]), nnx.Param)
+    model = nnx.merge(nnx.graphdef(nnx.eval_shape(lambda: build(low, rngs=nnx.Rngs(1)))), params)
+    fresh = jax.eval_shape(lambda: nnx.state(build(low, rngs=nnx.Rngs(1)), nnx.Param))
+    assert {leaf.dtype for leaf in jax.tree.leaves(fresh)} == {jnp.dtype("float32")}
+    got, want = classify(model, digits()), classify(model_of(RULES["EFLA"]), digits())
+    assert got.dtype == jnp.float32
+    error = np.linalg.norm(got - want) / np.linalg.norm(want)
+    assert float(jnp.finfo(dtype).eps) / 16 < error < 16 * float(jnp.finfo(dtype).eps)

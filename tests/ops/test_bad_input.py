@@ -13,6 +13,8 @@ from efla_jax import delta_rule_attention, efla_attention, efla_step
 from efla_jax.ops.registry import REGISTRY, Implementation
 from tests.ops.helpers import draw
 
+pytestmark = pytest.mark.cpu("what is chosen and refused where there is no GPU")
+
 B, T, H, HK, K, V = 2, 6, 4, 2, 3, 5
 
 

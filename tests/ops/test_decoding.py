@@ -15,7 +15,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from efla_jax import efla_attention, efla_step
 from efla_jax.ops.coefficients import INTEGRATORS
-from tests.ops.helpers import EPS, draw, errors
+from tests.ops.helpers import EPS, draw, errors, on_gpu
 
 LENGTH = 40
 
@@ -37,7 +37,6 @@ def pieces(inputs, splits, options):
     for start, stop in itertools.pairwise((0, *splits)):
         out, state = attend(**options)({n: x[:, start:stop] for n, x in tokens.items()} | dict(initial_state=state))
         outs.append(out)
-    options = {name: x for name, x in options.items() if name != "implementation"}
     for t in range(splits[-1], LENGTH):
         out, state = step(**options)({name: x[:, t] for name, x in tokens.items()}, state)
         outs.append(out[:, None])
@@ -81,9 +80,10 @@ def test_numpy_float64():
     """Float32 unless x64 is on, without a warning."""
     inputs = draw(length=1, decay=True)
     tokens = {name: x[:, 0] for name, x in inputs.items() if name != "initial_state"}
-    want = efla_step(**tokens, state=inputs["initial_state"])
+    # Named: on a GPU the default would warn of the kernel that declines.
+    want = efla_step(**tokens, state=inputs["initial_state"], implementation="xla")
     wide = {name: x.astype(np.float64) for name, x in tokens.items()}
-    got = efla_step(**wide, state=inputs["initial_state"].astype(np.float64))
+    got = efla_step(**wide, state=inputs["initial_state"].astype(np.float64), implementation="xla")
     assert all(x.dtype == np.float32 for x in got)
     jax.tree.map(np.testing.assert_array_equal, got, want)
 
@@ -94,7 +94,7 @@ def test_gradient_of_a_step():
     tokens = {name: x for name, x in inputs.items() if name != "initial_state"}
 
     def by_step(tokens, state):
-        out, state = efla_step(**{name: x[:, 0] for name, x in tokens.items()}, state=state)
+        out, state = efla_step(**{name: x[:, 0] for name, x in tokens.items()}, state=state, implementation="xla")
         return jnp.sum(jnp.sin(out)) + jnp.sum(jnp.sin(state))
 
     def by_sequence(tokens, state):
@@ -108,7 +108,10 @@ def test_gradient_of_a_step():
 @contextlib.contextmanager
 def interpreted():
     """Runs GPU kernels on the CPU. Races are looked for in the kernel's own tests; on several simulated devices the
-    interpreter takes a thread's read and its own later write of the state for one."""
+    interpreter takes a thread's read and its own later write of the state for one. On a GPU they just run."""
+    if on_gpu():
+        yield
+        return
     with plgpu.force_gpu_interpret_mode(plgpu.InterpretGPUParams()):
         yield
 
@@ -177,6 +180,7 @@ def test_derivatives_beside_the_kernel():
     jax.tree.map(np.testing.assert_array_equal, got, want)
 
 
+@pytest.mark.cpu("needs four devices")
 @pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit], ids=["auto", "explicit"])
 def test_kernel_on_a_mesh(kind):
     """Every device steps its own batch and heads; nothing is gathered."""
@@ -198,6 +202,7 @@ def test_kernel_on_a_mesh(kind):
     assert max(errors(got, want).values()) < 4 * EPS
 
 
+@pytest.mark.cpu("needs four devices")
 @pytest.mark.parametrize("check_vma", [True, False])
 def test_kernel_inside_a_callers_shard_map(check_vma):
     on = jax.make_mesh((2, 2), ("data", "tensor"), axis_types=(AxisType.Auto,) * 2)
@@ -224,6 +229,7 @@ def test_export_of_the_kernel():
     assert "tf.aliasing_output" in text
 
 
+@pytest.mark.cpu("what is chosen where there is no GPU")
 def test_choice_of_a_step():
     """The rules of `efla_attention`: a name serves or raises, a sequence warns, None is silent where no GPU is."""
     inputs = one_token()

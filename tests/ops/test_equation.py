@@ -10,6 +10,8 @@ from efla_jax import efla_attention
 from efla_jax.ops.coefficients import INTEGRATORS, erase_and_write
 from tests.ops.helpers import draw
 
+pytestmark = pytest.mark.cpu("the float64 loop itself, which serves as the oracle on the CPU")
+
 LENGTH = 6
 
 

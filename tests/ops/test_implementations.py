@@ -65,7 +65,8 @@ def test_chunk_sizes(chunk_size):
 @DECAYS
 def test_blocks(monkeypatch, decay):
     """Blocks of 2 chunks of 8: 7 chunks make 4 blocks, the last of them padded."""
-    monkeypatch.setattr(blocks, "_CPU_BLOCK", 2 * 4 * 16)
+    for name in ("_CPU_BLOCK", "_ACCELERATOR_BLOCK"):
+        monkeypatch.setattr(blocks, name, 2 * 4 * 16)
     assert blocks.cut(2, 55, 4, 2, 8)[:3] == (4, 2, 8)
     inputs, ids = draw(length=55, decay=decay), np.repeat([[0], [1]], 55, 1)
     ids[1, 30:] = 2
@@ -119,6 +120,7 @@ def test_one_zero_key(integrator):
         np.testing.assert_allclose(got["d_key"][:, 0], want, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.cpu("the library of a GPU sums in another order for another length")
 @IMPLEMENTATIONS
 def test_padding_keeps_the_state(implementation):
     """beta = 0 (and no decay) leaves every bit of the state, however large the padded keys and values are."""

@@ -4,7 +4,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tests.ops.helpers import draw, errors, evaluate
+from tests.ops.helpers import draw, errors, evaluate, on_gpu
 
 LOW = ("query", "key", "value")
 
@@ -24,7 +24,8 @@ def rounding_model(inputs, dtype, want):
 
 
 # What is in float32 inside makes about one rounding, of the result. With bfloat16 products `xla` rounds every
-# intermediate too, the triangular inverse and the states among them, which large keys amplify.
+# intermediate too, the triangular inverse and the states among them, which large keys amplify. So it does with float16
+# on a GPU, whose TF32 products cut each number off behind float16's mantissa: errors twice as large, all to one side.
 @pytest.mark.parametrize("decay", [False, True], ids=["no decay", "decay"])
 @pytest.mark.parametrize("norm2", [1e-4, 1.0, 1e3])
 @pytest.mark.parametrize(
@@ -35,6 +36,8 @@ def test_error(implementation, dtype, factor, norm2, decay):
     inputs = rounded(draw(length=100, heads=2, norm2=norm2, decay=decay), dtype)
     want = evaluate(inputs, np.float64, implementation="scan")
     model = rounding_model(inputs, dtype, want)
+    if on_gpu() and implementation == "xla" and dtype == jnp.float16:
+        factor = 24
     got = evaluate(inputs, implementation=implementation)
     too_far = {n: (e, model[n]) for n, e in errors(got, want).items() if not e <= factor * model[n]}
     assert not too_far, f"error made, and made by rounding the inputs: {too_far}"
@@ -51,6 +54,7 @@ def test_large_keys_stay_finite(implementation, dtype):
         )
 
 
+@pytest.mark.cpu("a GPU multiplies in TF32 by default")
 @pytest.mark.parametrize("implementation", ["scan", "xla"])
 def test_named_precision(implementation):
     """A named precision is taken, as a string or an enum, and changes nothing on a CPU that multiplies in float32."""

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from tests.ops.helpers import EPS, assert_accurate, cotangents, draw, errors, evaluate
+from tests.ops.helpers import EPS, assert_accurate, cotangents, draw, errors, evaluate, reordered
 
 LENGTH, CHUNK = 64, 16
 # starts of the documents of a row: inside chunks, on their borders, of length 1, over several chunks
@@ -81,7 +81,7 @@ def test_packed_is_separate(implementation, decay):
         mine |= {"d_initial_state": got["d_initial_state"]} if start == 0 else {}
         mine |= {"state": got["state"]} if stop == length else {}
         want = {name: want[name] for name in mine}
-        assert max(errors(mine, want).values()) < (40 * EPS if implementation == "xla" else 8 * EPS)
+        assert max(errors(mine, want).values()) < max(reordered(), 40 * EPS if implementation == "xla" else 0)
 
 
 @IMPLEMENTATIONS
@@ -95,5 +95,5 @@ def test_every_change_resets(implementation):
     for name, x in want.items():
         np.testing.assert_array_equal(got[name], x)
     one, none = run(inputs, implementation, np.full((2, length), 5, np.int32)), run(inputs, implementation, None)
-    assert max(errors(one, none).values()) < 8 * EPS
+    assert max(errors(one, none).values()) < reordered()
     assert errors(got, none)["output"] > 0.1

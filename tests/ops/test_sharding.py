@@ -13,6 +13,8 @@ from efla_jax import efla_attention, efla_step
 from efla_jax.ops.registry import REGISTRY, Implementation
 from tests.ops.helpers import EPS, draw, errors
 
+pytestmark = pytest.mark.cpu("needs eight devices")
+
 SPEC = PartitionSpec(("data", "fsdp"), None, "tensor")
 COLLECTIVES = ("all-gather", "all-reduce", "all-to-all", "collective-permute", "reduce-scatter")
 

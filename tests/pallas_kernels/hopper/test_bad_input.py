@@ -13,6 +13,8 @@ import pytest
 from efla_jax import efla_attention
 from tests.pallas_kernels.hopper.helpers import rounded
 
+pytestmark = pytest.mark.cpu("what is refused where there is no GPU")
+
 ABSENT = r"needs a Hopper GPU \(compute capability 9.0\), or a context of .*force_gpu_interpret_mode"
 
 

@@ -10,6 +10,8 @@ import pytest
 from efla_jax import delta_rule_attention, efla_attention
 from pallas_kernels import hopper
 
+pytestmark = pytest.mark.cpu("lowering needs no GPU")
+
 CUDA = ("cuda",)
 REPRESENTATIVE = ("64x64", "128x128-tied-save", "64x64-tied-decay-documents", "128x128-decay-save", "64x128-tied")
 

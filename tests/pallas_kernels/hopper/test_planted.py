@@ -18,6 +18,8 @@ from tests.ops import helpers
 from tests.ops.helpers import evaluate
 from tests.pallas_kernels.hopper.helpers import documents, rounded, too_far
 
+pytestmark = pytest.mark.cpu("what the interpreter finds")
+
 
 @pytest.fixture
 def plant(monkeypatch):

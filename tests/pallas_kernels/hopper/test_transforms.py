@@ -14,6 +14,7 @@ from tests.pallas_kernels.hopper.helpers import documents, rounded
 
 interpreted = pytest.mark.usefixtures("interpreted")
 on_devices = pytest.mark.usefixtures("on_devices")
+two_devices = pytest.mark.cpu("needs two devices")
 
 BATCH, LENGTH, HEADS = 2, 65, 2
 SPEC = PartitionSpec("data", None, "tensor")
@@ -106,6 +107,7 @@ def compiled_on(mesh, kind):
 kinds = pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit], ids=["auto", "explicit"])
 
 
+@two_devices
 @on_devices
 @pytest.mark.parametrize("shape", [(2, 1), (1, 2)], ids=["batch", "heads"])
 @kinds
@@ -118,6 +120,7 @@ def test_sharded(kind, shape):
     assert_same(got, alone())
 
 
+@pytest.mark.cpu("needs four devices")
 @pytest.mark.usefixtures("races")
 @kinds
 def test_nothing_is_gathered(kind):
@@ -126,6 +129,7 @@ def test_nothing_is_gathered(kind):
     assert not gathers(compiled.as_text())
 
 
+@two_devices
 @on_devices
 @pytest.mark.parametrize("check", [True, False], ids=["checked", "unchecked"])
 def test_shard_map_by_the_caller(check):
@@ -136,6 +140,7 @@ def test_shard_map_by_the_caller(check):
     assert_same(jax.jit(lambda x: both(op, x))(inputs_of()), alone())
 
 
+@two_devices
 @on_devices
 def test_shard_map_with_shared_inputs():
     """Some inputs are the same on every device: their gradients are summed over the devices."""
