@@ -91,7 +91,8 @@ def _by_scan(query, key, value, vectors, documents, initial, plan, options, exac
     )
     starts, maps = None if initial is None else initial[:, :, None], None
     if plan.backward * CHUNK < key.shape[1]:
-        summed = summaries(key, value, solve, vectors, documents, initial, tied=tied, share=plan.backward)
+        begins, _ = _borders(documents, plan.backward)
+        summed = summaries(key, value, solve, vectors, begins, initial, tied=tied, share=plan.backward)
         maps = summed["maps"]
         starts = chain(initial, maps, summed["ends"])[:, :, :: plan.forward // plan.backward]
     out = scan(key, query, value, solve, vectors, documents, starts, share=plan.forward, **options)
@@ -129,7 +130,8 @@ def backward(
     share = (_plan(True, d_output, padded_key) if plan is None else plan).backward
     behind = None if d_final is None else d_final[:, :, None]
     if share * CHUNK < length:
-        ends = reverse(*tokens, saved["inverse"], vectors, documents, d_final, scale=scale, share=share)
+        _, stops = _borders(documents, share)
+        ends = reverse(*tokens, saved["inverse"], vectors, documents, stops, d_final, scale=scale, share=share)
         behind = _behind(d_final, saved.get("maps"), ends)
     options = dict(scale=scale, tied=tied, exact=exact, share=share)
     out = backward_kernel(*tokens, saved, vectors, documents, behind, **options)
@@ -153,6 +155,23 @@ def _backward_vectors(vectors, saved, exact):
     if exact:
         return rest | dict(beta=vectors["gain"], erase=saved["erase"], square=saved["square"])
     return rest | dict(erase=vectors["gain"])
+
+
+def _borders(documents, share):
+    """For each piece of `share` chunks, [B, P] int32: chunks before the last one in which a document begins, 0 if none
+    does; chunks up to the first such one, all if none does. None, None without documents."""
+    if documents is None:
+        return None, None
+    chunked = documents.reshape(documents.shape[0], -1, CHUNK)
+    before = jnp.pad(chunked[:, :-1, -1:], ((0, 0), (1, 0), (0, 0)))
+    begins = jnp.any(chunked != jnp.concatenate([before, chunked[..., :-1]], -1), -1)
+    chunks = begins.shape[1]
+    pieces = -(-chunks // share)
+    begins = jnp.pad(begins, ((0, 0), (0, pieces * share - chunks))).reshape(-1, pieces, share)
+    number = jnp.arange(share, dtype=jnp.int32)[None, None]
+    held = jnp.minimum(share, chunks - jnp.arange(pieces, dtype=jnp.int32)[None] * share)
+    last = jnp.max(jnp.where(begins, number, 0), -1)
+    return last, jnp.minimum(jnp.min(jnp.where(begins, number + 1, share), -1), held)
 
 
 def _behind(d_final, maps, ends):

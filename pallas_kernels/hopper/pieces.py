@@ -18,7 +18,7 @@ class Plan(NamedTuple):
 
     fused: one kernel makes the inverse and walks the chunks; else `prepare` and `scan` do.
     forward, backward: chunks of a piece in either pass. Pieces of the forward pass are one or several of the backward
-    pass. Without a backward pass, backward is the number of chunks that summaries are made of.
+    pass, which are those that summaries are made of.
     """
 
     fused: bool
@@ -43,9 +43,11 @@ def cut(direction: str, heads: int, length: int, value_dim: int, pieces: int) ->
     pieces = -(-chunks // share)
     if pieces <= 2:
         return Plan(True, chunks, share if direction == "both" else chunks)
-    if direction == "forward" and pieces < 4 * groups:  # the scan alone takes no longer
+    if direction == "both":
+        return Plan(False, share * groups, share)
+    if pieces < 4 * groups:  # the scan alone takes no longer
         return Plan(False, chunks, chunks)
-    return Plan(False, share * groups, share)
+    return Plan(False, share * groups, share * groups)
 
 
 def fill(heads: int, length: int) -> int:

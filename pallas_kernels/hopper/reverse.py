@@ -34,12 +34,14 @@ from pallas_kernels.hopper.mosaic import (
 )
 
 
-def reverse(query, key, d_output, inverse, vectors, documents, d_final, *, scale, share):
+def reverse(query, key, d_output, inverse, vectors, documents, stops, d_final, *, scale, share):
     """The cotangents of the states before all pieces, of zeros behind each; behind the last one, of d_final.
 
     Args:
         query, key, d_output, vectors, documents: as `backward` takes them; d_final likewise, [B, H, V, K] or None.
         inverse: [B, H, N, C, C], that of I + diag(c) M.
+        stops: [B, P] int32, as many chunks of a piece lie up to the first one in which a document begins, or all; or
+            None. What lies behind them does not matter to the piece's beginning.
         share: chunks of a piece, of which the last may have fewer.
 
     Returns:
@@ -54,7 +56,7 @@ def reverse(query, key, d_output, inverse, vectors, documents, d_final, *, scale
     names = ("erase", "left", "right", "sums")
     inputs = dict(query=query, key=key, d_output=d_output, inverse=inverse)
     inputs |= {f"{name}_v": vectors[name] for name in names if name in vectors}
-    inputs |= dict(documents=documents) if masked else {}
+    inputs |= dict(documents=documents, stops=stops) if masked else {}
     inputs |= dict(d_final=d_final) if d_final is not None else {}
     tokens, scores = Ring.of("tokens", 3, 1), Ring.of("scores", 2, 1)
     vector = plgpu.SMEM((tokens.slots, CHUNK), F32)
@@ -97,6 +99,9 @@ def reverse(query, key, d_output, inverse, vectors, documents, d_final, *, scale
 
 
 def _count(config, r):
+    """Chunks of the block's piece that are looked at."""
+    if config.masked:
+        return r.stops[r.b, r.c]
     return jnp.minimum(config.share, config.chunks - r.c * config.share)
 
 

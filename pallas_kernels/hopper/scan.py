@@ -73,10 +73,11 @@ def scan(key, query, value, solve, vectors, documents, starts, *, scale, tied, s
     )  # fmt: skip
 
 
-def summaries(key, value, solve, vectors, documents, initial, *, tied, share):
+def summaries(key, value, solve, vectors, begins, initial, *, tied, share):
     """Of every piece, what it makes of a zero state (the first one: of the initial state) and its map.
 
     Args:
+        begins: [B, P] int32, as many chunks of a piece lie before the last one in which a document begins, or None.
         initial: [B, H, V, K] float32 or None for zeros. The others: as of `scan`.
 
     Returns:
@@ -90,7 +91,7 @@ def summaries(key, value, solve, vectors, documents, initial, *, tied, share):
         maps=jax.ShapeDtypeStruct((batch, heads, pieces, 2 * key_dim, key_dim), ROUNDED),
     )
     return _scan(
-        "efla_summaries", key, None, value, solve, vectors, documents, initial, outputs,
+        "efla_summaries", key, None, value, solve, vectors, begins, initial, outputs,
         scale=1.0, tied=tied, save=False, share=share, writers=1 + (value_dim == key_dim),
     )  # fmt: skip
 
@@ -104,7 +105,8 @@ def _scan(name, key, query, value, solve, vectors, documents, starts, outputs, *
     inputs = dict(key=key, value=value, solve=solve)
     inputs |= {f"{name}_v": x for name, x in vectors.items() if read or name != "sums"}
     inputs |= dict(query=query) if read else {}
-    inputs |= dict(documents=documents) if masked else {}
+    if documents is not None:
+        inputs["documents" if read else "begins"] = documents
     inputs |= dict(starts=starts) if starts is not None else {}
     keys, values, queries = Ring.of("keys", 4, 1), Ring.of("values", 4, 1), Ring.of("queries", 2, 1)
     scores, states, updates = Ring.of("scores", 2, 1), Ring.of("states", 1, 1), Ring.of("updates", 1, 1)
@@ -147,6 +149,7 @@ def _scan(name, key, query, value, solve, vectors, documents, starts, outputs, *
         chunks=chunks, share=share, pieces=pieces, group=heads // key_heads, blocks=groups // writers,
         key_dim=key_dim, value_groups=value_dim // 64, writers=writers, read=read, dtype=dtype, scale=scale, tied=tied,
         save=save, decayed=decayed, summed=summed, masked=masked, given=starts is not None,
+        skipping=documents is not None and not read,
         keys=keys, values=values, queries=queries, scores=scores, states=states, updates=updates,
     )  # fmt: skip
     roles = ((writers, _state), (1, _output), (1, _helper)) if read else ((writers, _state), (1, _helper))
@@ -154,10 +157,14 @@ def _scan(name, key, query, value, solve, vectors, documents, starts, outputs, *
 
 
 def _piece(config, r):
-    """Number of the block's piece, its first chunk and how many it has."""
+    """Number of the block's piece, the first chunk to look at and how many."""
     piece = lax.div(r.c, jnp.int32(config.blocks))
     first = piece * config.share
-    return piece, first, jnp.minimum(config.share, config.chunks - first)
+    count = jnp.minimum(config.share, config.chunks - first)
+    if not config.skipping:
+        return piece, first, count
+    begin = r.begins[r.b, piece]  # nothing before matters to the piece's end
+    return piece, first + begin, count - begin
 
 
 def _group(config, r, w):

@@ -36,7 +36,7 @@ def test_fill(heads, length, count):
         ("forward", 64, 4096, 128, Plan(True, 64, 64)),
         ("forward", 32, 8192, 128, Plan(False, 128, 128)),  # the scan alone takes no longer
         ("both", 32, 8192, 128, Plan(False, 64, 32)),
-        ("forward", 16, 16384, 128, Plan(False, 64, 32)),
+        ("forward", 16, 16384, 128, Plan(False, 64, 64)),
         ("forward", 16, 16384, 64, Plan(False, 32, 32)),
         ("both", 16, 16000, 128, Plan(False, 64, 32)),  # the last piece is shorter
         ("both", 16, 1, 128, Plan(True, 1, 1)),
