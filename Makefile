@@ -33,7 +33,7 @@ GPU_TESTS := tests/ops tests/pallas_kernels/hopper tests/on_device
 test-gpu:  ## on an NVIDIA GPU: every test of the op against float64, kernels not interpreted, and 1000 equal runs
 	JAX_PLATFORMS=cuda,cpu XLA_PYTHON_CLIENT_PREALLOCATE=false \
 	XLA_FLAGS="--xla_gpu_autotune_level=0 --xla_gpu_enable_triton_gemm=false" \
-	    $(PYTHON) -m pytest -n $(WORKERS) --dist worksteal $(GPU_TESTS)
+	    $(PYTHON) -m pytest -p no:benchmark -n $(WORKERS) --dist worksteal $(GPU_TESTS)
 
 check-gpu-compile: setup  ## compile the GPU kernels without a GPU: registers, spills, shared memory, within budget
 	@bash .ci/environment.sh gpu-compile

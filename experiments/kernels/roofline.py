@@ -11,12 +11,12 @@ the tensor cores take them: the masked half of a triangle is multiplied too.
 
 Per token and value head, with C = 64 tokens a chunk: a [T, K] array in bfloat16 is 2 K bytes, of which value heads
 that share a key head share one; a [C, C] array 2 C; the states of all chunks 2 K V / C; a coefficient 4; a float32
-state at either end 4 K V / T.
+state at either end 4 K V / T. What pieces of a row hand on, a state and a map each, is not counted.
 """
 
 import argparse
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 CHUNK = 64
 COLUMNS = 64  # of the state, where a kernel splits it
@@ -119,8 +119,8 @@ class Products:
 @dataclass(frozen=True)
 class Kernel:
     """A kernel as data: the arrays that it reads and writes, what it writes besides for a backward pass, its products,
-    and what its blocks of threads are: one per "head" of a row, "columns" of a head's state, "chunk", or "either":
-    "columns" where they all run side by side, else "head"."""
+    and what its blocks of threads are: one per "head" of a row, "columns" of a head's state, "chunk", "piece" of at
+    least four chunks, or "either": "columns" where they all run side by side, else "head"."""
 
     name: str
     reads: tuple[str, ...]
@@ -142,7 +142,8 @@ class Kernel:
         """The share of the multiprocessors that have a block at all."""
         heads, columns = shape.batch * shape.heads, -(-shape.value_dim // COLUMNS)
         either = columns if heads * columns <= device.multiprocessors else 1
-        per_head = {"head": 1, "columns": columns, "chunk": -(-shape.length // CHUNK), "either": either}
+        chunks = -(-shape.length // CHUNK)
+        per_head = {"head": 1, "columns": columns, "chunk": chunks, "piece": -(-chunks // 4), "either": either}
         return min(1.0, heads * per_head[self.blocks] / device.multiprocessors)
 
     def seconds(self, shape: Shape, device: Device, *, saving: bool = False) -> tuple[float, float]:
@@ -225,8 +226,24 @@ _GRADIENTS_OF_UPDATE = Kernel(
     Products(ckv=3, cck=4, ccv=2),
     "chunk",
 )
+# Rows in pieces. The inverse twice where saved: what solves for the error is not what the gradients want.
+_PREPARE_BOTH = Kernel("prepare", ("k", "erase", "decay"), ("T",), Products(cck=1, ccc=_FUSED_INVERSE), "chunk", ("T",))
+# K S, T R, Kᵀ U, of the values' columns and of as many of the map as there are of the keys; here K = V
+_SUMMARIES = Kernel("summaries", ("k", "v", "T", "erase", "decay"), (), Products(ckv=4, ccv=2), "piece")
+_SCAN_PIECES = Kernel(
+    "scan",
+    ("q", "k", "v", "T", "erase", "decay", "initial"),
+    ("o", "final"),
+    Products(ckv=3, cck=1, ccv=2),
+    "piece",
+    saves=("states", "U"),
+)
+# K dS, Qᵀ dO, Kᵀ X; Q Kᵀ, Pᵀ dO, Tᵀ dU
+_REVERSE = Kernel("reverse", ("q", "k", "do", "T", "erase", "decay"), (), Products(ckv=3, cck=1, ccv=2), "piece")
+_PIECES_BACKWARD = replace(_FUSED_BACKWARD, blocks="piece")
 DESIGNS = {
     "fused": Design((_FUSED,), (_FUSED_BACKWARD,)),
+    "pieces": Design((_PREPARE_BOTH, _SUMMARIES, _SCAN_PIECES), (_REVERSE, _PIECES_BACKWARD)),
     "fused forward": Design((_FUSED,), (_BACKWARD_SCAN, _GRADIENTS_OF_UPDATE)),
     "split": Design((_PREPARE, _SCAN), (_BACKWARD_SCAN, _GRADIENTS)),
     "recomputed": Design((_PREPARE, _SCAN), (_STATES, _BACKWARD_SCAN, _GRADIENTS)),

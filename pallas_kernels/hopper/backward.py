@@ -139,16 +139,8 @@ def backward(query, key, d_output, saved, vectors, documents, behind, *, scale, 
         dtype=dtype, scale=scale, tied=tied, masked=masked, decayed=decayed, summed=summed, exact=exact,
         given=behind is not None, share=share, copies=tuple(copies),
     )  # fmt: skip
-    return launch(
-        "efla_backward",
-        config,
-        inputs,
-        outputs,
-        scratch,
-        (batch, heads, pl.cdiv(chunks, share)),
-        (writers, _state),
-        (1, _helper),
-    )
+    grid, roles = (batch, heads, pl.cdiv(chunks, share)), ((writers, _state), (1, _helper))
+    return launch("efla_backward", config, inputs, outputs, scratch, grid, *roles)
 
 
 def _state(config, r, w):

@@ -21,7 +21,7 @@ import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax import lax
 
-from pallas_kernels.hopper.chain import ROUNDED, split
+from pallas_kernels.hopper.chain import ROUNDED
 from pallas_kernels.hopper.masks import decay_mask
 from pallas_kernels.hopper.mosaic import (
     CHUNK,
@@ -32,14 +32,13 @@ from pallas_kernels.hopper.mosaic import (
     Ring,
     launch,
     matmul,
-    part_of,
     per_column,
     place,
-    product,
     smem,
     stage,
     write_numbers,
 )
+from pallas_kernels.hopper.scan_state import group_of, piece_of, state_warpgroup
 
 
 def scan(key, query, value, solve, vectors, documents, starts, *, scale, tied, save, share):
@@ -152,104 +151,10 @@ def _scan(name, key, query, value, solve, vectors, documents, starts, outputs, *
         skipping=documents is not None and not read,
         keys=keys, values=values, queries=queries, scores=scores, states=states, updates=updates,
     )  # fmt: skip
-    roles = ((writers, _state), (1, _output), (1, _helper)) if read else ((writers, _state), (1, _helper))
+    roles = (
+        ((writers, state_warpgroup), (1, _output), (1, _helper)) if read else ((writers, state_warpgroup), (1, _helper))
+    )
     return launch(name, config, inputs, outputs, scratch, (batch, heads, pieces * config.blocks), *roles)
-
-
-def _piece(config, r):
-    """Number of the block's piece, the first chunk to look at and how many."""
-    piece = lax.div(r.c, jnp.int32(config.blocks))
-    first = piece * config.share
-    count = jnp.minimum(config.share, config.chunks - first)
-    if not config.skipping:
-        return piece, first, count
-    begin = r.begins[r.b, piece]  # nothing before matters to the piece's end
-    return piece, first + begin, count - begin
-
-
-def _group(config, r, w):
-    """Which 64 columns state warpgroup w has: those of the values, behind them those of the map."""
-    return lax.rem(r.c, jnp.int32(config.blocks)) * config.writers + w
-
-
-def _state(config, r, w):
-    """A state warpgroup."""
-    piece, first, count = _piece(config, r)
-    group = _group(config, r, w)
-    staged = part_of(r.state_stage, w)
-    shape = 64, config.key_dim
-    keys, values = config.keys, config.values
-    columns = pl.ds(group * 64, 64)
-    state = _start(config, r, piece, group)
-    valued = jnp.where(group < config.value_groups, 1.0, 0.0)
-
-    def step(i, state):
-        slot, k_s = values.place(i), r.k_s.at[keys.place(i)]
-        by_token = lambda ref: per_column(plgpu.load(ref.at[slot], layout=COLS), SQUARE)
-        plgpu.barrier_wait(keys.full(r, i))
-        recalled, value = _recall(config, r, w, i, first, columns, state, k_s)
-        if config.decayed:
-            recalled = recalled * by_token(r.left_s)
-        if not config.tied:
-            recalled = recalled * by_token(r.erase_s)
-        value = value.astype(F32)
-        rest = (value if config.read else value * valued) - recalled
-        update = matmul(rest.astype(config.dtype), r.solve_s.at[slot].T, SQUARE, staged=staged)
-        solved = update.astype(config.dtype) if config.save and config.tied else None
-        if config.tied:
-            update = update * by_token(r.erase_s)
-        low = late = update.astype(config.dtype)
-        if config.decayed:
-            late = (update * by_token(r.right_s)).astype(config.dtype)
-            state = state * r.left_s[slot, CHUNK - 1]
-
-        def hand_over():
-            plgpu.barrier_arrive(values.free(r, i))
-            if config.read:
-                _hand_over(config, r, i, first, columns, low, solved)
-
-        state = matmul(late, k_s, shape, init=state, staged=staged, meanwhile=hand_over)
-        plgpu.barrier_arrive(keys.free(r, i))
-        return state
-
-    state = lax.fori_loop(0, count, step, state)
-    if config.read:
-        config.states.wait_last(r, count)
-        config.updates.wait_last(r, count)
-
-        @pl.when(piece == config.pieces - 1)
-        def _():
-            r.final.at[r.b, r.h, columns][...] = state
-    else:
-
-        @pl.when(group < config.value_groups)
-        def _():
-            r.ends.at[r.b, r.h, piece, columns][...] = state
-
-        @pl.when(group >= config.value_groups)
-        def _():
-            for part, rounded in enumerate(split(state)):
-                rows = pl.ds(part * config.key_dim + (group - config.value_groups) * 64, 64)
-                r.maps.at[r.b, r.h, piece, rows][...] = rounded
-
-    plgpu.wait_smem_to_gmem(0)
-
-
-def _start(config, r, piece, group):
-    """Sᵀ before the piece; what summaries start from."""
-    shape = 64, config.key_dim
-    columns = lambda group: pl.ds(group * 64, 64)
-    if config.read:
-        if config.given:
-            return plgpu.load(r.starts.at[r.b, r.h, piece, columns(group)], layout=TILE, optimized=False)
-        return plgpu.layout_cast(jnp.zeros(shape, F32), TILE)
-    number = lambda axis: plgpu.broadcasted_iota(jnp.int32, shape, axis, layout=TILE)
-    state = jnp.where(number(1) == number(0) + (group - config.value_groups) * 64, 1.0, 0.0)
-    if config.given:
-        of_values = columns(jnp.minimum(group, config.value_groups - 1))
-        initial = plgpu.load(r.starts.at[r.b, r.h, of_values], layout=TILE, optimized=False)
-        state = state + initial * jnp.where((piece == 0) & (group < config.value_groups), 1.0, 0.0)
-    return state
 
 
 def _start(config, r, piece, group):
@@ -273,49 +178,10 @@ def _store(ref, state):
     ref[...] = state
 
 
-def _recall(config, r, w, i, first, columns, state, k_s):
-    """Sᵀ Kᵀ, and the values. Meanwhile the rounded state goes to the output warpgroup, if saved to memory too."""
-    states, values = config.states, config.values
-    low = state.astype(config.dtype)
-
-    def multiply(acc):
-        product(acc, low, k_s.T, part_of(r.state_stage, w))
-        if config.read:
-            states.wait_place(r, i)
-            if config.save:
-                plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-            r.states_s.at[states.place(i)][...] = low
-            plgpu.commit_smem()
-            plgpu.barrier_arrive(states.full(r, i))
-        plgpu.barrier_wait(values.full(r, i))
-        value = plgpu.load(r.v_s.at[values.place(i), w].T, layout=TILE)
-        return plgpu.wgmma_accumulator_load(acc, wait_n=0), value
-
-    recalled = lax.optimization_barrier(pl.run_scoped(multiply, plgpu.ACC(SQUARE, F32)))
-    if config.save:
-        plgpu.copy_smem_to_gmem(r.states_s.at[states.place(i)], r.states.at[r.b, r.h, first + i, columns])
-    return recalled
-
-
-def _hand_over(config, r, i, first, columns, low, solved):
-    """Uᵀ to the output warpgroup; what was solved for, which tied is Eᵀ, to device memory if saved."""
-    updates = config.updates
-    updates.wait_place(r, i)
-    place = r.updates_s.at[updates.place(i)]
-    place.T[...] = low
-    if config.save and config.tied:
-        r.solved_s.T[...] = solved
-    plgpu.commit_smem()
-    plgpu.barrier_arrive(updates.full(r, i))
-    if config.save:
-        source = r.solved_s if config.tied else place
-        plgpu.copy_smem_to_gmem(source, r.solved.at[r.b, pl.ds((first + i) * CHUNK, CHUNK), r.h, columns])
-
-
 def _output(config, r, _):
     """The output warpgroup: what the tokens of a chunk read of the state before it and of the chunk's own updates."""
-    _, first, count = _piece(config, r)
-    columns = pl.ds(_group(config, r, 0) * 64, 64)
+    _, first, count = piece_of(config, r)
+    columns = pl.ds(group_of(config, r, 0) * 64, 64)
     queries, scores, states, updates = config.queries, config.scores, config.states, config.updates
 
     def step(i, carry):
@@ -346,7 +212,7 @@ def _output(config, r, _):
 
 def _helper(config, r, _):
     """Sends for what is read, in the order in which places get free, and makes the scores ahead of what uses them."""
-    _, first, count = _piece(config, r)
+    _, first, count = piece_of(config, r)
     loads = _loads(config, r, first)
 
     def recycle(i):
@@ -395,7 +261,7 @@ def _loads(config, r, first):
             load(ring, i, (r.left_v.at[tokens], r.left_s), (r.right_v.at[tokens], r.right_s))
         for w in range(config.writers):
             # a map has no values; some are read all the same, and count for nothing
-            columns = pl.ds(jnp.minimum(_group(config, r, w), config.value_groups - 1) * 64, 64)
+            columns = pl.ds(jnp.minimum(group_of(config, r, w), config.value_groups - 1) * 64, 64)
             source = r.value.at[r.b, rows(i), r.h, columns]
             plgpu.copy_gmem_to_smem(source, r.v_s.at[ring.place(i), w], ring.full(r, i))
 
