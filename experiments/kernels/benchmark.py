@@ -12,13 +12,14 @@ Time of a call: the host's clock around many queued calls, on sets of inputs lar
 sum of what ran on the GPU for one call, by the profiler. Errors: relative, against the token loop in float64 on the
 same numbers, for some rows and heads. A row is printed as soon as it is measured, and results.json written again.
 
-Each shape has a process of its own. Several (--processes) compile and compute references side by side; one at a time
-measures, and what is timed in it takes turns with nothing else.
+Each shape has a process of its own. So many (--processes) at once compile and compute references side by side; once all
+of them are done, they measure one after the other, and nothing else runs.
 """
 
 import fcntl
 import gc
 import importlib.metadata
+import itertools
 import json
 import multiprocessing
 import os
@@ -26,6 +27,7 @@ import queue
 import re
 import subprocess
 import tempfile
+import threading
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -61,6 +63,7 @@ _COMMIT = flags.DEFINE_string("commit", None, "the commit that is measured, wher
 
 _PROCESSES = flags.DEFINE_integer("processes", 1, "shapes that are compiled side by side", lower_bound=1)
 
+_LONGEST_COMPILATION = 300.0  # seconds
 _PACKAGES = ("jaxlib", "jax-cuda13-plugin", "jax-triton", "triton", "torch", "tilelang", *PACKAGES)
 
 
@@ -106,16 +109,15 @@ def _builder(name: str):
 
 @contextmanager
 def _turn(path: str) -> Iterator[None]:
-    """The device to oneself among processes that ask for it; a process that dies gives it back."""
+    """The device to oneself among processes that ask for it; one that dies gives it back."""
     with open(path, "wb") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield
 
 
-def _work(job: _Job, lock: str, rows: Any) -> None:
-    """Puts the rows of a shape into the queue `rows`; measures while it has the turn."""
-    with _turn(lock):
-        bench = Bench(job.case, gradients=BOTH in job.directions)
+def _work(job: _Job, compiled: Any, lock: str, rows: Any) -> None:
+    """Puts the rows of a shape into the queue `rows`: when all have passed the barrier `compiled`, in its turn."""
+    bench = Bench(job.case, gradients=BOTH in job.directions)
     plan = [(direction, name) for direction in job.directions for name in job.names]
     built = {}
     for direction, name in plan:
@@ -124,6 +126,8 @@ def _work(job: _Job, lock: str, rows: Any) -> None:
                 built[direction, name] = _builder(name)(name, bench, direction)
     for rule in {name.partition(":")[2] or "exact" for name in job.names}:
         bench.exact(rule)
+    with suppress(threading.BrokenBarrierError):  # a process that died: the others go on
+        compiled.wait(_LONGEST_COMPILATION)
     with _turn(lock):
         for direction, name in plan:
             rows.put(_measure(job, bench, name, direction, built.pop((direction, name), None)))
@@ -144,7 +148,7 @@ def _measure(job: _Job, bench: Bench, name: str, direction: str, built: Candidat
         return declined(bench, name, direction, job.best, reason)
 
 
-def _all_rows(jobs: list[_Job], processes: int) -> Iterator[Row]:
+def _all_rows(jobs: list[_Job], processes: int, lock: str) -> Iterator[Row]:
     """The rows of all shapes as they are measured; those of one come together.
 
     Raises:
@@ -152,13 +156,13 @@ def _all_rows(jobs: list[_Job], processes: int) -> Iterator[Row]:
     """
     context = multiprocessing.get_context("spawn")
     rows, died = context.Queue(), []
-    with tempfile.NamedTemporaryFile() as lock:
-        waiting = [(job.case, context.Process(target=_work, args=(job, lock.name, rows))) for job in jobs]
-        running: list[tuple[Case, Any]] = []
-        while waiting or running:
-            while waiting and len(running) < processes:
-                running.append(waiting.pop(0))
-                running[-1][1].start()
+    for batch in itertools.batched(jobs, processes):
+        compiled = context.Barrier(len(batch))
+        arguments = [(job, compiled, lock, rows) for job in batch]
+        running = [(args[0].case, context.Process(target=_work, args=args, daemon=True)) for args in arguments]
+        for _, process in running:
+            process.start()
+        while running:
             try:
                 yield rows.get(timeout=1)
             except queue.Empty:
@@ -207,13 +211,14 @@ def main(argv: list[str]) -> None:
     if folder:
         folder.mkdir(parents=True, exist_ok=True)
     jobs = [_Job(case, names, directions, facts["ceilings"], _REPEATS.value, _KERNEL_TIME.value) for case in cases]
-    for row in _all_rows(jobs, _PROCESSES.value):
-        if not rows or row["shape"] != rows[-1]["shape"]:
-            print(f"\n{row['shape']}\n{HEADING}", flush=True)
-        rows.append(row)
-        print(line(row), flush=True)
-        if folder:
-            (folder / "results.json").write_text(json.dumps(facts | {"rows": rows}, indent=1) + "\n")
+    with tempfile.TemporaryDirectory() as scratch:
+        for row in _all_rows(jobs, _PROCESSES.value, f"{scratch}/lock"):
+            if not rows or row["shape"] != rows[-1]["shape"]:
+                print(f"\n{row['shape']}\n{HEADING}", flush=True)
+            rows.append(row)
+            print(line(row), flush=True)
+            if folder:
+                (folder / "results.json").write_text(json.dumps(facts | {"rows": rows}, indent=1) + "\n")
     if folder:
         (folder / "results.md").write_text(f"# Speed of the kernels\n\n{header}\n\n{table(rows)}\n")
         if any(not row["reason"] for row in rows):
