@@ -120,7 +120,7 @@ class Products:
 class Kernel:
     """A kernel as data: the arrays that it reads and writes, what it writes besides for a backward pass, its products,
     and what its blocks of threads are: one per "head" of a row, "columns" of a head's state, "chunk", "piece" of at
-    least four chunks, or "either": "columns" where they all run side by side, else "head"."""
+    least eight chunks, or "either": "columns" where they all run side by side, else "head"."""
 
     name: str
     reads: tuple[str, ...]
@@ -143,7 +143,7 @@ class Kernel:
         heads, columns = shape.batch * shape.heads, -(-shape.value_dim // COLUMNS)
         either = columns if heads * columns <= device.multiprocessors else 1
         chunks = -(-shape.length // CHUNK)
-        per_head = {"head": 1, "columns": columns, "chunk": chunks, "piece": -(-chunks // 4), "either": either}
+        per_head = {"head": 1, "columns": columns, "chunk": chunks, "piece": -(-chunks // 8), "either": either}
         return min(1.0, heads * per_head[self.blocks] / device.multiprocessors)
 
     def seconds(self, shape: Shape, device: Device, *, saving: bool = False) -> tuple[float, float]:

@@ -10,7 +10,7 @@ from typing import NamedTuple
 from pallas_kernels.hopper import blocks
 from pallas_kernels.hopper.mosaic import CHUNK, PROCESSORS
 
-SHORTEST = 4  # chunks of a piece
+SHORTEST = 8  # chunks of a piece; below, what pieces cost besides is more than they save
 
 
 class Plan(NamedTuple):

@@ -19,12 +19,12 @@ from tests.pallas_kernels.hopper.helpers import assert_accurate, documents, roun
         (33, 8192, 4),
         (16, 16384, 8),
         (8, 8192, 16),
-        (1, 1024, 4),
+        (1, 1024, 2),
         (1, 448, 1),
     ],
 )
 def test_fill(heads, length, count):
-    """What fills 132 multiprocessors, in pieces of at least 4 chunks."""
+    """What fills 132 multiprocessors, in pieces of at least 8 chunks."""
     assert pieces.fill(heads, length) == count
 
 
