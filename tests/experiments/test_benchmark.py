@@ -87,7 +87,7 @@ def jla(monkeypatch):
     return calls
 
 
-@pytest.mark.parametrize(("dtype", "documents"), [("float32", 3), ("bfloat16", 1)])
+@pytest.mark.parametrize(("dtype", "documents"), [("float32", 3), pytest.param("bfloat16", 1, marks=pytest.mark.slow)])
 def test_a_peer_computes_the_exact_rule(jla, dtype, documents):
     bench = Bench(Case(2, 70, 2, 8, 4, documents=documents, dtype=dtype), gradients=True)
     bound = 1e-5 if dtype == "float32" else 1e-2

@@ -101,6 +101,7 @@ def test_a_run_stops_where_it_is_not_finite():
     json.dumps(result, allow_nan=False)
 
 
+@pytest.mark.slow
 def test_the_program(tmp_path):
     text = "the same words again and again, \n" * 40
     for split in ("train", "valid"):

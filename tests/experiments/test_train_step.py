@@ -58,6 +58,7 @@ def test_a_step_trains():
     assert losses[-1] < losses[0]
 
 
+@pytest.mark.slow
 def test_both_tables(tmp_path):
     """One row of this library, one of a library that is not here: the others are measured all the same."""
     done = run("train_step", "--shapes=1x8", "--implementations=fla,ours:deltanet", "--steps=1", "--repeats=2", SIZES,

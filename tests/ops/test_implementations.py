@@ -16,13 +16,17 @@ DECAYS = pytest.mark.parametrize("decay", [False, True], ids=["no decay", "decay
 IMPLEMENTATIONS = pytest.mark.parametrize("implementation", ["scan", "xla"])
 
 
-@pytest.mark.parametrize("length", [1, 2, 63, 64, 100, 1000])  # 65 stands in the tests below
+SLOW_LENGTHS = [pytest.param(length, marks=pytest.mark.slow) for length in (2, 100)]
+
+
+@pytest.mark.parametrize("length", [1, 63, 64, 1000, *SLOW_LENGTHS])  # 65 stands in the tests below
 def test_lengths(length):
     assert_accurate(draw(length=length, decay=True))
 
 
 @pytest.mark.parametrize(
-    ("key_dim", "value_dim", "heads", "key_heads"), [(1, 1, 1, 1), (3, 1, 2, 2), (1, 6, 3, 1), (17, 33, 2, 2)]
+    ("key_dim", "value_dim", "heads", "key_heads"),
+    [(1, 1, 1, 1), pytest.param(3, 1, 2, 2, marks=pytest.mark.slow), (1, 6, 3, 1), (17, 33, 2, 2)],
 )
 def test_shapes(key_dim, value_dim, heads, key_heads):
     """Slow keys: with K = 1 every other forgets all of the state, and the gradient of what it was is but rounding."""
@@ -30,8 +34,17 @@ def test_shapes(key_dim, value_dim, heads, key_heads):
     assert_accurate(draw(**sizes, length=40, norm2=0.1), scale=0.3)
 
 
-@DECAYS
-@pytest.mark.parametrize("integrator", INTEGRATORS)
+AT_EVERY_NORM = [
+    pytest.param(integrator, decay, marks=() if integrator in quick else pytest.mark.slow, id=f"{integrator}-{name}")
+    for decay, name, quick in (
+        (False, "no decay", INTEGRATORS),
+        (True, "decay", ("exact", "split", "implicit")),
+    )
+    for integrator in INTEGRATORS
+]
+
+
+@pytest.mark.parametrize(("integrator", "decay"), AT_EVERY_NORM)
 def test_integrators_at_every_norm(integrator, decay):
     """Every decade of ‖k‖² from 1e-8 to 1e3; up to 1 for the integrators that explode beyond."""
     top = 0 if integrator in ("euler", "rk2", "rk4") else 3

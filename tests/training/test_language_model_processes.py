@@ -38,6 +38,7 @@ def config_of(text: Path, steps: int):
     return dataclasses.replace(config, data=data, train=dataclasses.replace(config.train, steps=steps))
 
 
+@pytest.mark.slow
 def test_two_processes_train_as_one_does(text, address):
     """One: this process, with 8 devices against four."""
     with processes([text / "two"] * 2, address, *options(text, 6), devices=2) as children:

@@ -198,7 +198,7 @@ def test_a_gather_of_activations_would_be_found():
     assert of_tokens(gathered(whole.lower(x).compile().as_text()))
 
 
-@pytest.mark.parametrize("sizes", [(8, 1, 1), (2, 2, 2), (1, 4, 2)], ids=str)
+@pytest.mark.parametrize("sizes", [pytest.param((8, 1, 1), marks=pytest.mark.slow), (2, 2, 2), (1, 4, 2)], ids=str)
 def test_training_on_a_mesh(sizes):
     """One test per mesh for three guarantees, as its program takes seconds to compile."""
     program, step, _ = compiled(sizes)

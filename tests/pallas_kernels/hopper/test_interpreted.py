@@ -11,14 +11,14 @@ pytestmark = pytest.mark.usefixtures("interpreted")
 
 # inputs, options of the call, and where documents start
 CASES = {
-    "euler": (dict(), dict(integrator="euler"), None),
     "exact, documents": (dict(value_dim=128), dict(), (1, 40, 64, 100)),
-    "exact, decay": (dict(decay=True, key_dim=128), dict(scale=0.5), None),
     "exact, decay, documents": (dict(decay=True), dict(), (30, 70, 71, 128)),
     "split, decay, grouped": (dict(decay=True, heads=4, key_heads=2, batch=1), dict(integrator="split"), None),
     "padded": (dict(key_dim=32, value_dim=40, length=65), dict(), None),
 }
 SLOW_CASES = {
+    "euler": (dict(), dict(integrator="euler"), None),
+    "exact, decay": (dict(decay=True, key_dim=128), dict(scale=0.5), None),
     "padded to 128": (dict(key_dim=96, value_dim=72, decay=True, batch=1), dict(), (50,)),
     "exact, scaled": (dict(heads=2, batch=1, key_dim=128, value_dim=128), dict(scale=0.3), None),
     "implicit, decay, documents": (dict(decay=True), dict(integrator="implicit"), (10, 64, 100)),
@@ -45,7 +45,7 @@ def test_accurate(sizes, options, starts):
     assert_accurate(inputs, cotangent, segment_ids=ids, **options)
 
 
-@pytest.mark.parametrize("norm2", [1e-8, 1e-4, 1.0, 30.0, 1e3])
+@pytest.mark.parametrize("norm2", [1e-8, 1.0, 1e3, *(pytest.param(x, marks=pytest.mark.slow) for x in (1e-4, 30.0))])
 def test_norms(norm2):
     assert_accurate(*rounded(norm2=norm2))
 
@@ -96,7 +96,7 @@ def coefficients(inputs, seed=7):
     return {name: x for name, x in inputs.items() if name != "beta"} | dict(erase=pick(), write=pick())
 
 
-@pytest.mark.parametrize("decay", [False, True], ids=["no decay", "decay"])
+@pytest.mark.parametrize("decay", [pytest.param(False, marks=pytest.mark.slow), True], ids=["no decay", "decay"])
 def test_erase_and_write(decay):
     """Any erase and write, in groups of heads."""
     inputs, cotangent = rounded(decay=decay, heads=2)
