@@ -282,7 +282,7 @@ def test_remat_changes_what_is_kept_and_nothing_else():
         (dict(layers=0), "layers is 0"),
         (dict(hidden=-1), "hidden is -1"),
         (dict(context=0), "context is 0"),
-        (dict(dtype="float16"), "dtype is 'float16'; it must be one of float32, bfloat16"),
+        (dict(dtype="float8"), "dtype is 'float8'; it must be one of float32, bfloat16, float16"),
         (dict(remat="ful"), "remat is 'ful'; .*did you mean 'full'"),
         # a gate that suits EFLA but not what the mixer's name makes of it
         (dict(mixers=("deltanet",), mixer=MixerConfig(initial_gate=0.3, beta_bias=None)), "initial_gate needs a bias"),

@@ -5,13 +5,13 @@ import dataclasses
 from collections.abc import Iterator
 from typing import Any
 
-import jax
 import jax.experimental.pallas.mosaic_gpu as plgpu
 import pytest
 from jax._src import callback, effects  # private: nothing public lets jax.checkpoint hold an interpreted kernel
 from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks, shared_memory  # private: the races that were found
 
 from tests.ops.helpers import on_gpu
+from tests.optimization import unoptimized
 
 effects.remat_allowed_effects.add_type(type(callback._OrderedIOEffect))
 
@@ -35,13 +35,11 @@ def _interpreting(monkeypatch, detect_races: bool) -> Iterator[list]:
     if "on_race" in [field.name for field in dataclasses.fields(plgpu.InterpretGPUParams)]:
         options["on_race"] = "warn"  # JAX 0.12 else raises
     params = plgpu.InterpretGPUParams(**options)
-    jax.config.update("jax_disable_most_optimizations", True)
     gpu_callbacks.reset_gpu_interpret_mode_state()
     try:
-        with plgpu.force_gpu_interpret_mode(params):
+        with unoptimized(), plgpu.force_gpu_interpret_mode(params):
             yield states
     finally:
-        jax.config.update("jax_disable_most_optimizations", False)
         gpu_callbacks.reset_gpu_interpret_mode_state()  # an exception leaves it behind
 
 
