@@ -38,6 +38,7 @@ from pallas_kernels.hopper.mosaic import (
     SQUARE,
     TILE,
     Ring,
+    check_registers,
     iota,
     launch,
     matmul,
@@ -50,6 +51,8 @@ from pallas_kernels.hopper.mosaic import (
     write_numbers,
 )
 
+LOADER_REGISTERS = 24  # the fewest that can be asked for
+
 
 def _crew(writers, key_dim, save, decayed):
     """(helpers, registers of a thread of state warpgroups, and of helpers); None for as many as a launch gives.
@@ -60,7 +63,7 @@ def _crew(writers, key_dim, save, decayed):
     if writers == 1:
         if save or decayed:
             return (2, 176, 160) if key_dim == 128 and save and decayed else (2, None, None)
-        return (3, 176, 104) if key_dim == 128 else (3, None, None)
+        return (3, 176, 88) if key_dim == 128 else (3, None, None)
     if key_dim == 64:
         return 2, None, None
     if save or decayed:
@@ -162,6 +165,7 @@ def forward(key, query, value, vectors, documents, initial, *, scale, tied, save
         state_registers=state_registers, helper_registers=helper_registers, loader=helpers == 3 and key_dim == 128,
     )  # fmt: skip
     roles = (writers, _state), (helpers, _helper), *([(1, _loader)] if config.loader else [])
+    check_registers((writers, state_registers), (helpers, helper_registers), (int(config.loader), LOADER_REGISTERS))
     return launch("efla_forward", config, inputs, outputs, scratch | own, (batch, heads, splits), *roles)
 
 
@@ -340,7 +344,7 @@ def _recycle(config, r, n):
 def _loader(config, r, _):
     """Where registers allow it, a warpgroup that only sends for what is read: helpers then need not."""
     _begin(config, r)
-    set_registers(24, config.writers + config.helpers + config.loader)
+    set_registers(LOADER_REGISTERS, config.writers + config.helpers + config.loader)
     loads = _loads(config, r)
 
     def step(n, carry):

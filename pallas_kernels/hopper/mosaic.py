@@ -181,9 +181,27 @@ class Ring(NamedTuple):
             pl.when(count >= back)(lambda back=back: plgpu.barrier_wait(self.free(r, count - back)))
 
 
+def given_registers(warpgroups):
+    """What a launch of so many warpgroups gives each thread."""
+    return 65536 // (128 * warpgroups) // 8 * 8
+
+
+def check_registers(*roles):
+    """roles: (how many warpgroups, registers of a thread or None for what the launch gives).
+
+    Raises:
+        ValueError: together they would take more than the launch gave. On a card who asks for more waits for ever.
+    """
+    warpgroups = sum(count for count, _ in roles)
+    given = given_registers(warpgroups)
+    asked = sum(count * (given if registers is None else registers) for count, registers in roles)
+    if asked > given * warpgroups:
+        raise ValueError(f"registers are {roles}, {asked} in all; a launch gives {warpgroups} warpgroups {given} each")
+
+
 def set_registers(registers, warpgroups):
-    """Of a thread of the calling warpgroup, in place of what the launch gave; None keeps that."""
-    given = 65536 // (128 * warpgroups) // 8 * 8
+    """Of a thread of the calling warpgroup, in place of what the launch gave; None keeps that. See check_registers."""
+    given = given_registers(warpgroups)
     if registers not in (None, given):
         plgpu.set_max_registers(registers, action="increase" if registers > given else "decrease")
 

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from efla_jax import efla_attention
+from pallas_kernels.hopper.mosaic import check_registers
 from tests.pallas_kernels.hopper.helpers import rounded
 
 pytestmark = pytest.mark.cpu("what is refused where there is no GPU")
@@ -141,3 +142,14 @@ def test_other_gpus(on_gpu):
     assert "efla_forward" not in trace(None)  # a second warning would fail the test
     with pytest.raises(NotImplementedError, match=f"{ABSENT}.*; this one has 8.0"):
         trace("pallas_gpu")
+
+
+@pytest.mark.parametrize("roles", [((1, 176), (3, 88), (1, 24)), ((2, 168), (2, 88)), ((2, None), (1, None))], ids=str)
+def test_registers_that_a_launch_gives(roles):
+    check_registers(*roles)
+
+
+def test_more_registers_than_a_launch_gives():
+    """Five warpgroups have 5·96 registers, of which each thread has one of 65536 / (5·128), rounded down."""
+    with pytest.raises(ValueError, match="512 in all; a launch gives 5 warpgroups 96 each"):
+        check_registers((1, 176), (3, 104), (1, 24))
