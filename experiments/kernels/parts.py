@@ -30,7 +30,7 @@ MODULE = sys.modules[op.forward_kernel.__module__]  # the package's name `forwar
 
 def idle_state(config, r, w):
     """A state warpgroup that waits for what it needs and gives it back."""
-    set_registers(config.state_registers, config.writers + config.helpers + config.loader)
+    set_registers(config.state_registers, config.writers + config.helpers)
     rings = config.keys, config.values, config.products, config.queries
 
     def step(n, carry):

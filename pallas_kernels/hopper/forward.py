@@ -51,19 +51,16 @@ from pallas_kernels.hopper.mosaic import (
     write_numbers,
 )
 
-LOADER_REGISTERS = 24  # the fewest that can be asked for
-
 
 def _crew(writers, key_dim, save, decayed):
     """(helpers, registers of a thread of state warpgroups, and of helpers); None for as many as a launch gives.
 
-    As many helpers as shared memory and registers hold. A launch gives 168 to each of three warpgroups, 128 of four,
-    96 of five.
+    As many helpers as shared memory and registers hold. A launch gives 168 to each of three warpgroups, 128 of four.
     """
     if writers == 1:
         if save or decayed:
             return (2, 176, 160) if key_dim == 128 and save and decayed else (2, None, None)
-        return (3, 176, 88) if key_dim == 128 else (3, None, None)
+        return (3, 176, 112) if key_dim == 128 else (3, None, None)
     if key_dim == 64:
         return 2, None, None
     if save or decayed:
@@ -162,16 +159,16 @@ def forward(key, query, value, vectors, documents, initial, *, scale, tied, save
         scale=scale, tied=tied, save=save, staged=save or decayed, masked=masked, decayed=decayed, summed=summed,
         initial=initial is not None,
         exact=exact, keys=keys, queries=queries, values=values, products=products, own=tuple(own),
-        state_registers=state_registers, helper_registers=helper_registers, loader=helpers == 3 and key_dim == 128,
+        state_registers=state_registers, helper_registers=helper_registers,
     )  # fmt: skip
-    roles = (writers, _state), (helpers, _helper), *([(1, _loader)] if config.loader else [])
-    check_registers((writers, state_registers), (helpers, helper_registers), (int(config.loader), LOADER_REGISTERS))
+    check_registers((writers, state_registers), (helpers, helper_registers))
+    roles = (writers, _state), (helpers, _helper)
     return launch("efla_forward", config, inputs, outputs, scratch | own, (batch, heads, splits), *roles)
 
 
 def _state(config, r, w):
     """One state warpgroup: columns 64w … 64w+63 of the block's part of the state."""
-    set_registers(config.state_registers, config.writers + config.helpers + config.loader)
+    set_registers(config.state_registers, config.writers + config.helpers)
     columns = pl.ds((r.c * config.writers + w) * 64, 64)
     staged = part_of(r.state_stage, w)
     shape = 64, config.key_dim
@@ -318,55 +315,36 @@ def _loads(config, r):
     return (values, load_values), (queries, load_queries), (keys, load_keys)
 
 
-def _begin(config, r):
-    """What all read, and then the first copies, for which all wait."""
-    write_numbers(r)
-    if r.causal_s is not None:
-        r.causal_s[...] = jnp.where(iota(0) >= iota(1), 1.0, 0.0).astype(config.dtype)
-    plgpu.commit_smem()
-    loads = _loads(config, r)
-    for n in range(min(config.keys.slots, config.chunks)):
-        for ring, load in loads[::-1]:
-            if n < ring.slots:
-                load(r.first + n)
-
-
-def _recycle(config, r, n):
-    """The places of chunk n to later chunks."""
-    loads = _loads(config, r)
-    for ring, _ in loads:
-        plgpu.barrier_wait(ring.free(r, n))
-    plgpu.commit_smem()  # what read the place is done before the copy, which is another proxy, writes it
-    for ring, load in loads:
-        pl.when(n + ring.slots < config.chunks)(lambda ring=ring, load=load: load(n + ring.slots))
-
-
-def _loader(config, r, _):
-    """Where registers allow it, a warpgroup that only sends for what is read: helpers then need not."""
-    _begin(config, r)
-    set_registers(LOADER_REGISTERS, config.writers + config.helpers + config.loader)
-    loads = _loads(config, r)
-
-    def step(n, carry):
-        for ring, load in loads:
-            plgpu.barrier_wait(ring.free(r, n))
-            plgpu.commit_smem()  # as in _recycle
-            pl.when(n + ring.slots < config.chunks)(lambda ring=ring, load=load: load(n + ring.slots))
-        return carry
-
-    lax.fori_loop(0, config.chunks, step, None)
-
-
 def _helper(config, r, i):
-    """A helper warpgroup: the inverse and the scores of chunks i, i + helpers, …, ahead of the state, and copies."""
-    set_registers(config.helper_registers, config.writers + config.helpers + config.loader)
+    """A helper warpgroup: copies, the inverse and the scores of chunks i, i + helpers, …, ahead of the state."""
+    set_registers(config.helper_registers, config.writers + config.helpers)
     own = {name: part_of(getattr(r, name), i) for name in config.own}
     r = SimpleNamespace(**r.__dict__ | own)
     keys, products = config.keys, config.products
+    loads = _loads(config, r)
+
+    def recycle(n):
+        """The places of chunk n, one of its own, to later chunks."""
+        for ring, _ in loads:
+            plgpu.barrier_wait(ring.free(r, n))
+        plgpu.commit_smem()  # what read the place is done before the copy, which is another proxy, writes it
+        for ring, load in loads:
+            pl.when(n + ring.slots < config.chunks)(lambda ring=ring, load=load: load(n + ring.slots))
+
     r.blocks_s.at[r.first, pl.ds(0, CHUNK)][...] = plgpu.layout_cast(jnp.zeros((CHUNK, BLOCK), jnp.float16), TILE)
     plgpu.commit_smem()
-    if not config.loader:
-        pl.when(i == 0)(lambda: _begin(config, r))
+
+    @pl.when(i == 0)
+    def _():
+        # before the copies, after which the other helpers wait
+        write_numbers(r)
+        if r.causal_s is not None:
+            r.causal_s[...] = jnp.where(iota(0) >= iota(1), 1.0, 0.0).astype(config.dtype)
+        plgpu.commit_smem()
+        for n in range(min(keys.slots, config.chunks)):
+            for ring, load in loads[::-1]:
+                if n < ring.slots:
+                    load(r.first + n)
 
     def step(turn, carry):
         n = turn * config.helpers + i
@@ -375,8 +353,7 @@ def _helper(config, r, i):
 
         def midway():
             n = anew()
-            if not config.loader:
-                pl.when(n >= config.helpers)(lambda: _recycle(config, r, n - config.helpers))
+            pl.when(n >= config.helpers)(lambda: recycle(n - config.helpers))
             pl.when(n >= products.slots)(lambda: plgpu.barrier_wait(products.free(r, n - products.slots)))
 
         slot = keys.place(n)
@@ -395,8 +372,8 @@ def _helper(config, r, i):
         @pl.when(turns > before)
         def _(before=before):
             n = fresh(r) + (turns - 1 - before) * config.helpers + i
-            if before == 0 and not config.loader:
-                _recycle(config, r, n)
+            if before == 0:
+                recycle(n)
             plgpu.barrier_wait(products.free(r, n))
 
     plgpu.wait_smem_to_gmem(0)
