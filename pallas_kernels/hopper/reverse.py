@@ -15,7 +15,7 @@ import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax import lax
 
-from pallas_kernels.hopper.masks import decay_mask
+from pallas_kernels.hopper.masks import masked_scores
 from pallas_kernels.hopper.mosaic import (
     CHUNK,
     COLS,
@@ -27,7 +27,6 @@ from pallas_kernels.hopper.mosaic import (
     matmul,
     part_of,
     per_column,
-    place,
     smem,
     stage,
     write_numbers,
@@ -171,14 +170,7 @@ def _helper(config, r, _):
     def step(i, carry):
         slot = tokens.place(i)
         plgpu.barrier_wait(tokens.full(r, i))
-        made = matmul(r.q_s.at[slot], r.k_s.at[slot].T, SQUARE) * config.scale
-        decay = decay_mask(config, r, slot)
-        if decay is None:
-            row, column = place(r)
-            made = jnp.where(row >= column, made, 0.0)
-        else:
-            made = made * decay
-        made = lax.optimization_barrier(made).astype(config.dtype)
+        made = masked_scores(config, r, slot, r.k_s.at[slot])
         scores.wait_place(r, i)
         r.scores_s.at[scores.place(i)][...] = made
         plgpu.commit_smem()

@@ -22,18 +22,16 @@ import jax.numpy as jnp
 from jax import lax
 
 from pallas_kernels.hopper.chain import ROUNDED
-from pallas_kernels.hopper.masks import decay_mask
+from pallas_kernels.hopper.masks import masked_scores
 from pallas_kernels.hopper.mosaic import (
     CHUNK,
     COLS,
     F32,
     SQUARE,
-    TILE,
     Ring,
     launch,
     matmul,
     per_column,
-    place,
     smem,
     stage,
     write_numbers,
@@ -157,27 +155,6 @@ def _scan(name, key, query, value, solve, vectors, documents, starts, outputs, *
     return launch(name, config, inputs, outputs, scratch, (batch, heads, pieces * config.blocks), *roles)
 
 
-def _start(config, r, piece, group):
-    """Sᵀ before the piece; what summaries start from."""
-    shape = 64, config.key_dim
-    columns = lambda group: pl.ds(group * 64, 64)
-    if config.read:
-        if config.given:
-            return plgpu.load(r.starts.at[r.b, r.h, piece, columns(group)], layout=TILE, optimized=False)
-        return plgpu.layout_cast(jnp.zeros(shape, F32), TILE)
-    number = lambda axis: plgpu.broadcasted_iota(jnp.int32, shape, axis, layout=TILE)
-    state = jnp.where(number(1) == number(0) + (group - config.value_groups) * 64, 1.0, 0.0)
-    if config.given:
-        of_values = columns(jnp.minimum(group, config.value_groups - 1))
-        initial = plgpu.load(r.starts.at[r.b, r.h, of_values], layout=TILE, optimized=False)
-        state = state + initial * jnp.where((piece == 0) & (group < config.value_groups), 1.0, 0.0)
-    return state
-
-
-def _store(ref, state):
-    ref[...] = state
-
-
 def _output(config, r, _):
     """The output warpgroup: what the tokens of a chunk read of the state before it and of the chunk's own updates."""
     _, first, count = piece_of(config, r)
@@ -285,17 +262,8 @@ def _write_scores(config, r, i):
     keys, queries, scores = config.keys, config.queries, config.scores
     plgpu.barrier_wait(keys.full(r, i))
     plgpu.barrier_wait(queries.full(r, i))
-    made = matmul(r.q_s.at[queries.place(i)], r.k_s.at[keys.place(i)].T, SQUARE)
+    made = masked_scores(config, r, queries.place(i), r.k_s.at[keys.place(i)])
     plgpu.barrier_arrive(keys.free(r, i))
-    if config.scale != 1:
-        made = made * config.scale
-    decay = decay_mask(config, r, queries.place(i))
-    if decay is None:
-        row, column = place(r)
-        made = jnp.where(row >= column, made, 0.0)
-    else:
-        made = made * decay
-    made = lax.optimization_barrier(made).astype(config.dtype)
     scores.wait_place(r, i)
     r.scores_s.at[scores.place(i)][...] = made
     plgpu.commit_smem()
