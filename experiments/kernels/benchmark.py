@@ -187,7 +187,9 @@ def _versions() -> str:
 
 
 def _facts() -> dict[str, Any]:
-    flags_ = dict(implementations=_IMPLEMENTATIONS, shapes=_SHAPES, directions=_DIRECTIONS, repeats=_REPEATS)
+    flags_ = dict(
+        implementations=_IMPLEMENTATIONS, shapes=_SHAPES, directions=_DIRECTIONS, repeats=_REPEATS, processes=_PROCESSES
+    )
     text = lambda value: ",".join(value) if isinstance(value, list) else value
     options = [f"--{name}={text(flag.value)}" for name, flag in (flags_ | {"dtype": _DTYPE}).items()]
     facts: dict[str, Any] = dict(

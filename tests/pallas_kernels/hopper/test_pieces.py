@@ -4,7 +4,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels.hopper import blocks, pieces
+from pallas_kernels.hopper import blocks, op, pieces
 from pallas_kernels.hopper.chain import chain, split
 from pallas_kernels.hopper.pieces import Plan
 from tests.pallas_kernels.hopper.helpers import assert_accurate, documents, rounded
@@ -72,9 +72,20 @@ def test_chain(given):
 
 
 CASES = {
-    "exact, documents": (dict(length=256), (10, 64, 150)),
-    "decay, two columns, a shorter last piece": (dict(length=264, decay=True, value_dim=128), None),
+    "exact, documents, a shorter last piece": (dict(length=440), (10, 64, 150, 290)),
+    "decay, two columns": (dict(length=264, decay=True, value_dim=128), None),
 }
+
+
+def test_borders():
+    """Of each piece, the chunks before the last one in which a document begins, and those up to the first such one."""
+    starts = (10, 64, 70, 64 * 5 + 63, 64 * 9)
+    number = np.searchsorted(starts, np.arange(64 * 10), side="right")
+    begins, stops = op._borders(jnp.asarray(number[None], jnp.int32), 3)  # chunks 0, 1; 5; none; 9, the only one
+    assert begins.tolist() == [[1, 2, 0, 0]]
+    assert stops.tolist() == [[1, 3, 3, 1]]
+    without = op._borders(jnp.zeros((1, 64 * 5), jnp.int32), 3)
+    assert [x.tolist() for x in without] == [[[0, 0]], [[3, 2]]]
 
 
 @pytest.mark.usefixtures("interpreted")
