@@ -10,7 +10,7 @@ import pytest
 from efla_jax import delta_rule_attention, efla_attention
 from efla_jax.ops import blocks
 from efla_jax.ops.coefficients import INTEGRATORS, erase_and_write
-from tests.ops.helpers import assert_accurate, cotangents, draw, errors, evaluate
+from tests.ops.helpers import EPS, FACTOR, MINIMUM, assert_accurate, cotangents, draw, errors, evaluate
 
 DECAYS = pytest.mark.parametrize("decay", [False, True], ids=["no decay", "decay"])
 IMPLEMENTATIONS = pytest.mark.parametrize("implementation", ["scan", "xla"])
@@ -46,10 +46,24 @@ AT_EVERY_NORM = [
 
 @pytest.mark.parametrize(("integrator", "decay"), AT_EVERY_NORM)
 def test_integrators_at_every_norm(integrator, decay):
-    """Every decade of ‖k‖² from 1e-8 to 1e3; up to 1 for the integrators that explode beyond."""
+    """Every decade of ‖k‖² from 1e-8 to 1e3; up to 1 for the integrators that explode beyond.
+
+    With chunks of 16 on every backend: see `test_a_state_forgotten_within_a_chunk`.
+    """
     top = 0 if integrator in ("euler", "rk2", "rk4") else 3
     for decade in range(-8, top + 1):
-        assert_accurate(draw(norm2=10.0**decade, decay=decay), integrator=integrator)
+        assert_accurate(draw(norm2=10.0**decade, decay=decay), integrator=integrator, chunk_size=16)
+
+
+@pytest.mark.parametrize("chunk_size", [64, 128])
+def test_a_state_forgotten_within_a_chunk(chunk_size):
+    """A chunk takes what it forgets from the state all at once: the error is that of the larger state before it."""
+    inputs = draw(norm2=1e3, length=64)
+    start, want = inputs["initial_state"], evaluate(inputs, np.float64, implementation="scan")["state"]
+    got = evaluate(inputs, implementation="xla", chunk_size=chunk_size)["state"]
+    before, left = np.linalg.norm(start), np.linalg.norm(want)
+    assert before > 10 * left
+    assert np.linalg.norm(got - want) < FACTOR * MINIMUM * EPS * before
 
 
 @DECAYS
