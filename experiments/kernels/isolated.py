@@ -94,6 +94,8 @@ def facts(command: str, commit: str | None) -> Row:
     """Provenance of a table, without JAX starting in this process."""
     found = dict(provenance(command, commit, card() or "CPU"))
     found["versions"] += f", {versions()}"
+    if flags := os.environ.get("XLA_FLAGS"):
+        found["XLA_FLAGS"] = flags
     return found
 
 
