@@ -4,8 +4,9 @@ python -m experiments.kernels.decode_speed [--shapes=1x16x128,64x16x128,256x16x1
     [--implementations=pallas_gpu,xla,fla] [--steps=100] [--repeats=15] [--output=DIR] [--commit=HASH]
 
 Shapes are BxHxD; query, key and value are bfloat16, the state is float32. Steps depend on each other through the state
-and run in one loop on the device: `lax.fori_loop`, UNROLLED steps a body, with the state donated, or a CUDA graph. Error: of output and state
-after one step, relative, against float64 on the same numbers. A row is printed as soon as it is measured.
+and run in one loop on the device: `lax.fori_loop`, UNROLLED steps a body, with the state donated, or a CUDA graph.
+Error: of output and state after one step, relative, against float64 on the same numbers. A row is printed as soon as
+it is measured.
 """
 
 import importlib
