@@ -19,18 +19,18 @@ import jax.numpy as jnp
 from absl import app, flags
 
 from efla_jax import efla_attention
-from pallas_kernels.hopper import op
+from pallas_kernels.hopper import forward_helper, op
 from pallas_kernels.hopper.mosaic import CHUNK, set_registers
 
 _SHAPES = flags.DEFINE_list("shapes", ["8x2048x16x128", "4x4096x16x128", "16x2048x16x64"], "BxTxHxD")
 _CALLS = flags.DEFINE_integer("calls", 60, "calls of a round", lower_bound=1)
 
-MODULE = sys.modules[op.forward_kernel.__module__]  # the package's name `forward` is the function
+FORWARD = sys.modules[op.forward_kernel.__module__]  # the package's name `forward` is the function
 
 
 def idle_state(config, r, w):
     """A state warpgroup that waits for what it needs and gives it back."""
-    set_registers(config.state_registers, config.writers + config.helpers)
+    set_registers(config.state_registers, config.writers + config.helpers + config.clustered)
     rings = config.keys, config.values, config.products, config.queries
 
     def step(n, carry):
@@ -82,7 +82,8 @@ def main(argv: list[str]) -> None:
     for name, replaced in PARTS.items():
         with contextlib.ExitStack() as stack:
             for function, replacement in replaced.items():
-                stack.enter_context(mock.patch.object(MODULE, function, replacement))
+                module = FORWARD if function == "_state" else forward_helper
+                stack.enter_context(mock.patch.object(module, function, replacement))
             jax.clear_caches()  # the kernel is traced anew
             for text in _SHAPES.value:
                 shape = tuple(map(int, text.split("x")))

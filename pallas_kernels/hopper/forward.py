@@ -7,12 +7,17 @@ a = decay from the chunk's start, e = decay to its end, d = decay of the whole c
   P = tril(D∘Q Kᵀ). One chunk takes a helper far longer than the state warpgroups; several of them keep up;
 - each state warpgroup holds 64 columns of the state as Sᵀ [64, K] in registers and chains the products with the left
   operand in registers: Rᵀ from Sᵀ Kᵀ, then Uᵀ, Oᵀ = a∘Sᵀ Qᵀ + Uᵀ Pᵀ, Sᵀ ← d Sᵀ + (e∘U)ᵀ K. Warpgroups of one head
-  share nothing but what the helpers made; where heads are few, they are in blocks of their own.
+  share nothing but what the helpers made.
+
+Where heads are few, the state warpgroups of a head are in blocks of their own. The two blocks are then a cluster, if
+nothing is kept for a backward pass: each makes every other chunk's inverse and scores and writes them to the other's
+shared memory too, and a loader of its own sends for its copies. The interpreter knows no such writes: there, and where
+the helpers make more than these two tiles, each block makes all for itself.
 
 Where erase and write are the same number c per token ("tied": every rule but the exact one with decay) the kernel
 solves for the prediction error E = V - a∘K S - M U, which is what the backward pass wants, and U = c∘E:
 
-    tied:   R = V - a∘K S         E = (I + M diag(c))⁻¹ R        U = c∘E
+    tied:   R = V - a∘K S         E = (I + M diag(c))⁻¹ R        U = c∘E    (at once, "folded", if E is not saved)
     untied: R = V - c∘a∘K S       U = (I + diag(c) M)⁻¹ R        (V has been multiplied by write)
 
 The triangular inverse: `pallas_kernels.hopper.inverse`.
@@ -27,8 +32,8 @@ import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax import lax
 
-from pallas_kernels.hopper.inverse import BLOCK, fresh, write_inverse
-from pallas_kernels.hopper.masks import decay_mask
+from pallas_kernels.hopper.forward_helper import LOADER_REGISTERS, helper, loader
+from pallas_kernels.hopper.inverse import BLOCK
 from pallas_kernels.hopper.mosaic import (
     CHUNK,
     COLS,
@@ -39,24 +44,24 @@ from pallas_kernels.hopper.mosaic import (
     TILE,
     Ring,
     check_registers,
-    iota,
+    interpreting,
     launch,
     matmul,
     part_of,
     per_column,
-    place,
     set_registers,
     smem,
     stage,
-    write_numbers,
 )
 
 
-def _crew(writers, key_dim, save, decayed):
+def _crew(writers, key_dim, save, decayed, clustered):
     """(helpers, registers of a thread of state warpgroups, and of helpers); None for as many as a launch gives.
 
     As many helpers as shared memory and registers hold. A launch gives 168 to each of three warpgroups, 128 of four.
     """
+    if clustered:
+        return 2, 176, 152
     if writers == 1:
         if save or decayed:
             return (2, 176, 160) if key_dim == 128 and save and decayed else (2, None, None)
@@ -91,7 +96,10 @@ def forward(key, query, value, vectors, documents, initial, *, scale, tied, save
     chunks = pl.cdiv(length, CHUNK)
     splits = value_dim // 64 if batch * heads * (value_dim // 64) <= PROCESSORS else 1
     writers = value_dim // 64 // splits
-    helpers, state_registers, helper_registers = _crew(writers, key_dim, save, "left" in vectors)
+    folded = tied and not save
+    clustered = splits == 2 and folded and "left" not in vectors and not interpreting()
+    helpers, state_registers, helper_registers = _crew(writers, key_dim, save, "left" in vectors, clustered)
+    streams = helpers * (2 if clustered else 1)  # that a head's chunks are dealt out to
     dtype = value.dtype
     masked = documents is not None
     inputs = dict(query=query, key=key, value=value, **{f"{name}_v": x for name, x in vectors.items()})
@@ -114,9 +122,10 @@ def forward(key, query, value, vectors, documents, initial, *, scale, tied, save
         outputs |= dict(erase=per_token, square=per_token)
     decayed = "left" in vectors
     summed = "sums" in vectors
-    keys = Ring.of("keys", helpers + 2, helpers)  # one in the state warpgroups, one in each helper, one on its way
-    queries, values = Ring.of("queries", 2, helpers), Ring.of("values", 2, helpers)
-    products = Ring.of("products", max(helpers, 2), helpers)
+    # keys: one in the state warpgroups, one in each helper, one on its way
+    keys = Ring.of("keys", 5 if clustered else helpers + 2, streams)
+    queries, values = Ring.of("queries", 3 if clustered else 2, streams), Ring.of("values", 2, streams)
+    products = Ring.of("products", 3 if clustered else max(helpers, 2), streams)
     crowded = key_dim == 128 and (writers == 1 or save)  # shared memory is
     vector = plgpu.SMEM((keys.slots, CHUNK), F32)
     scratch = dict(
@@ -125,7 +134,7 @@ def forward(key, query, value, vectors, documents, initial, *, scale, tied, save
         v_s=smem((values.slots, writers, *SQUARE), dtype),
         solve_s=smem((products.slots, *SQUARE), dtype),
         scores_s=smem((products.slots, *SQUARE), dtype),
-        erase_s=plgpu.SMEM((products.slots, CHUNK), F32),
+        erase_s=None if folded else plgpu.SMEM((products.slots, CHUNK), F32),
         stage_s=smem((writers, key_dim // 64 if save or decayed else 1, *SQUARE), dtype),  # the state, then the output
         gain_s=vector,
         causal_s=None if decayed or crowded else smem(SQUARE, dtype),  # 1 on and below the diagonal
@@ -141,7 +150,7 @@ def forward(key, query, value, vectors, documents, initial, *, scale, tied, save
         **keys.barriers(2 + 2 * decayed + 2 * summed + 2 * masked, writers),
         **queries.barriers(1, writers),
         **values.barriers(writers, writers),
-        **products.barriers(1, writers),
+        **products.barriers(2 if clustered else 1, writers, clustered),
         scale_s=plgpu.SMEM((writers, CHUNK), F32),
         state_stage=stage(dtype, writers),
     )
@@ -159,16 +168,20 @@ def forward(key, query, value, vectors, documents, initial, *, scale, tied, save
         scale=scale, tied=tied, save=save, staged=save or decayed, masked=masked, decayed=decayed, summed=summed,
         initial=initial is not None,
         exact=exact, keys=keys, queries=queries, values=values, products=products, own=tuple(own),
-        state_registers=state_registers, helper_registers=helper_registers,
+        state_registers=state_registers, helper_registers=helper_registers, folded=folded, clustered=clustered,
+        streams=streams,
     )  # fmt: skip
-    check_registers((writers, state_registers), (helpers, helper_registers))
-    roles = (writers, _state), (helpers, _helper)
-    return launch("efla_forward", config, inputs, outputs, scratch | own, (batch, heads, splits), *roles)
+    check_registers(
+        (writers, state_registers), (helpers, helper_registers), *([(1, LOADER_REGISTERS)] if clustered else [])
+    )
+    roles = (writers, _state), (helpers, helper), *([(1, loader)] if clustered else [])
+    grid = batch, heads, splits
+    return launch("efla_forward", config, inputs, outputs, scratch | own, grid, *roles, clustered=clustered)
 
 
 def _state(config, r, w):
     """One state warpgroup: columns 64w … 64w+63 of the block's part of the state."""
-    set_registers(config.state_registers, config.writers + config.helpers)
+    set_registers(config.state_registers, config.writers + config.helpers + config.clustered)
     columns = pl.ds((r.c * config.writers + w) * 64, 64)
     staged = part_of(r.state_stage, w)
     shape = 64, config.key_dim
@@ -185,6 +198,9 @@ def _state(config, r, w):
         k_s, q_s = r.k_s.at[slot], r.q_s.at[queries.place(n)]
         left = lambda: per_column(plgpu.load(r.left_s.at[slot], layout=COLS), SQUARE)
         plgpu.barrier_wait(keys.full(r, n))
+        if config.clustered:
+            plgpu.barrier_wait(products.full(r, n))
+            plgpu.commit_smem()  # what another block wrote, which products read through another proxy
         _to_stage(config, r, w, n, columns, state)
         state, recalled = _recall(config, r, w, state, k_s)
         update_low, left_over = _update(config, r, w, n, columns, recalled * left() if config.decayed else recalled)
@@ -202,12 +218,15 @@ def _state(config, r, w):
         if config.decayed:
             out = out * left()
         out = matmul(update_low, scores_s.T, SQUARE, init=out, staged=staged)
-        plgpu.barrier_arrive(products.free(r, n))
+        if not config.clustered:
+            plgpu.barrier_arrive(products.free(r, n))
         plgpu.barrier_arrive(queries.free(r, n))
         if not config.staged:
             state = advanced(state)
         plgpu.barrier_arrive(keys.free(r, n))
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+        if config.clustered:  # one thread arrives in both blocks for a warpgroup, which has just waited for all of it
+            plgpu.barrier_arrive(products.free(r, n))
         if config.save:  # E has left the place of V
             plgpu.barrier_arrive(values.free(r, n))
         r.stage_s.at[w, 0].T[...] = out.astype(config.dtype)
@@ -247,7 +266,7 @@ def _update(config, r, w, n, columns, recalled):
     rest = plgpu.load(v_s.T, layout=TILE).astype(F32) - recalled
     if not config.save:
         plgpu.barrier_arrive(values.free(r, n))
-    if config.tied:
+    if config.tied and not config.clustered:
         plgpu.barrier_wait(products.full(r, n))
     rest = rest.astype(config.dtype)
     update = matmul(rest, r.solve_s.at[made].T, SQUARE, staged=part_of(r.state_stage, w))
@@ -256,7 +275,7 @@ def _update(config, r, w, n, columns, recalled):
         v_s.T[...] = update.astype(config.dtype)
         plgpu.commit_smem()
         plgpu.copy_smem_to_gmem(v_s, r.solved.at[r.b, pl.ds(n * CHUNK, CHUNK), r.h, columns])
-    if config.tied:
+    if config.tied and not config.folded:
         update = update * erase()
     low = update.astype(config.dtype)
     if not config.decayed:
@@ -283,127 +302,3 @@ def _recall(config, r, w, state, tokens, scale=None):
         out = matmul(low, pieces[part], SQUARE, init=out, staged=staged)
         state, out = lax.optimization_barrier((state, out))
     return state, out
-
-
-def _loads(config, r):
-    """(ring, function of n that sends for what of chunk n goes through it), in the order in which places get free."""
-    head = lax.div(r.h, config.group)
-    keys, queries, values = config.keys, config.queries, config.values
-
-    def load_keys(n):
-        rows, slot, bar = pl.ds(n * CHUNK, CHUNK), keys.place(n), keys.full(r, n)
-        plgpu.copy_gmem_to_smem(r.key.at[r.b, rows, head], r.k_s.at[slot], bar)
-        for name in ("gain_s", "left_s", "right_s", "sums_r", "sums_c"):
-            target = getattr(r, name)
-            if target is not None:
-                source = getattr(r, name[:-1] + "v")
-                plgpu.copy_gmem_to_smem(source.at[r.b, r.h, rows], target.at[slot], bar)
-        if config.masked:
-            for target in (r.documents_r, r.documents_c):
-                plgpu.copy_gmem_to_smem(r.documents.at[r.b, rows], target.at[slot], bar)
-
-    def load_queries(n):
-        rows = pl.ds(n * CHUNK, CHUNK)
-        plgpu.copy_gmem_to_smem(r.query.at[r.b, rows, head], r.q_s.at[queries.place(n)], queries.full(r, n))
-
-    def load_values(n):
-        rows, slot, bar = pl.ds(n * CHUNK, CHUNK), values.place(n), values.full(r, n)
-        for w in range(config.writers):
-            columns = pl.ds((r.c * config.writers + w) * 64, 64)
-            plgpu.copy_gmem_to_smem(r.value.at[r.b, rows, r.h, columns], r.v_s.at[slot, w], bar)
-
-    return (values, load_values), (queries, load_queries), (keys, load_keys)
-
-
-def _helper(config, r, i):
-    """A helper warpgroup: copies, the inverse and the scores of chunks i, i + helpers, …, ahead of the state."""
-    set_registers(config.helper_registers, config.writers + config.helpers)
-    own = {name: part_of(getattr(r, name), i) for name in config.own}
-    r = SimpleNamespace(**r.__dict__ | own)
-    keys, products = config.keys, config.products
-    loads = _loads(config, r)
-
-    def recycle(n):
-        """The places of chunk n, one of its own, to later chunks."""
-        for ring, _ in loads:
-            plgpu.barrier_wait(ring.free(r, n))
-        plgpu.commit_smem()  # what read the place is done before the copy, which is another proxy, writes it
-        for ring, load in loads:
-            pl.when(n + ring.slots < config.chunks)(lambda ring=ring, load=load: load(n + ring.slots))
-
-    r.blocks_s.at[r.first, pl.ds(0, CHUNK)][...] = plgpu.layout_cast(jnp.zeros((CHUNK, BLOCK), jnp.float16), TILE)
-    plgpu.commit_smem()
-
-    @pl.when(i == 0)
-    def _():
-        # before the copies, after which the other helpers wait
-        write_numbers(r)
-        if r.causal_s is not None:
-            r.causal_s[...] = jnp.where(iota(0) >= iota(1), 1.0, 0.0).astype(config.dtype)
-        plgpu.commit_smem()
-        for n in range(min(keys.slots, config.chunks)):
-            for ring, load in loads[::-1]:
-                if n < ring.slots:
-                    load(r.first + n)
-
-    def step(turn, carry):
-        n = turn * config.helpers + i
-        anew = lambda: n + fresh(r)  # what is derived from it is made where it is used
-        plgpu.barrier_wait(keys.full(r, n))
-
-        def midway():
-            n = anew()
-            pl.when(n >= config.helpers)(lambda: recycle(n - config.helpers))
-            pl.when(n >= products.slots)(lambda: plgpu.barrier_wait(products.free(r, n - products.slots)))
-
-        slot = keys.place(n)
-        write_inverse(config, r, slot, lambda: products.place(anew()), decay_mask(config, r, slot), midway)
-        _write_scores(config, r, anew())
-        if config.save:  # one of the blocks of a head does
-            pl.when(r.c == 0)(lambda: _save(config, r, anew()))
-        plgpu.commit_smem()
-        plgpu.barrier_arrive(products.full(r, anew()))
-        return carry
-
-    turns = lax.div(config.chunks - 1 - i + config.helpers, jnp.int32(config.helpers))
-    lax.fori_loop(0, turns, step, None)
-    for before in range(products.slots // config.helpers)[::-1]:
-
-        @pl.when(turns > before)
-        def _(before=before):
-            n = fresh(r) + (turns - 1 - before) * config.helpers + i
-            if before == 0:
-                recycle(n)
-            plgpu.barrier_wait(products.free(r, n))
-
-    plgpu.wait_smem_to_gmem(0)
-
-
-def _write_scores(config, r, n):
-    slot = config.keys.place(n)
-    plgpu.barrier_wait(config.queries.full(r, n))
-    scores = matmul(r.q_s.at[config.queries.place(n)], r.k_s.at[slot].T, SQUARE)
-    if config.scale != 1:
-        scores = scores * config.scale
-    decay = decay_mask(config, r, slot)
-    if decay is not None:
-        scores = (scores * decay).astype(config.dtype)
-    elif r.causal_s is not None:  # a product with 0 and 1, two numbers at once, is cheaper than a choice
-        scores = scores.astype(config.dtype) * plgpu.load(r.causal_s, layout=TILE)
-    else:
-        row, column = place(r)
-        scores = lax.optimization_barrier(jnp.where(row >= column, scores, 0.0)).astype(config.dtype)
-    r.scores_s.at[config.products.place(n)][...] = scores
-
-
-def _save(config, r, n):
-    """The inverse and the numbers for the backward pass, to device memory."""
-    made = config.products.place(n)
-    plgpu.commit_smem()
-    source = r.inverse_s if config.tied else r.solve_s.at[made]
-    plgpu.copy_smem_to_gmem(source, r.inverse.at[r.b, r.h, n], commit_group=False)
-    if config.exact:
-        tokens = r.b, r.h, pl.ds(n * CHUNK, CHUNK)
-        plgpu.copy_smem_to_gmem(r.erase_s.at[made], r.erase.at[tokens], commit_group=False)
-        plgpu.copy_smem_to_gmem(r.square_s, r.square.at[tokens], commit_group=False)
-    plgpu.commit_smem_to_gmem_group()

@@ -22,8 +22,10 @@ def fresh(r):
     return r.numbers_r[0]
 
 
-def write_inverse(config, r, slot, made, decay, midway):
+def write_inverse(config, r, slot, put, decay, midway):
     """Writes what the state warpgroups solve with, and (saved, tied) the inverse of I + diag(c) M.
+
+    put(name, value) writes what they read: "solve_s", which is c∘W if folded, and else "erase_s", c.
 
     With W = (I + M diag(c))⁻¹ the latter is both c W c⁻¹ and I - c W M. The first keeps every entry's precision (keys
     that repeat make small ones), but W, in float16, says little of columns of small cλ; there the second is taken.
@@ -61,10 +63,12 @@ def write_inverse(config, r, slot, made, decay, midway):
     rows = inverse_norm if config.tied else inverse_norm * strength
     lower = gram * (per_row(rows, SQUARE) * per_column(numbers(2), SQUARE))
     x = joined(_ladder(r, lower, midway))
-    r.erase_s.at[made()][...] = erase
+    if not config.folded:
+        put("erase_s", erase)
     over = lambda which: per_column(numbers(which), SQUARE)
     before, after = (norm, 1) if config.tied else (inverse_norm, 0)
-    r.solve_s.at[made()][...] = (x * (per_row(before, SQUARE) * over(after))).astype(config.dtype)
+    before = before * erase if config.folded else before
+    put("solve_s", (x * (per_row(before, SQUARE) * over(after))).astype(config.dtype))
     if not (config.tied and config.save):
         return
     linked = matmul(_half(x), r.cosines_s, SQUARE, staged=r.helper_stage) * -1.0

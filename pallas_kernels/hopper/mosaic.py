@@ -156,11 +156,12 @@ class Ring(NamedTuple):
     def of(cls, name, slots, helpers):
         return cls(name, slots, -(-slots // helpers) * helpers)
 
-    def barriers(self, arrivals, writers):
-        return {
-            f"{self.name}_full": plgpu.Barrier(num_arrivals=arrivals, num_barriers=self.turns),
-            f"{self.name}_free": plgpu.Barrier(num_arrivals=writers, num_barriers=self.turns),
-        }
+    def barriers(self, arrivals, writers, clustered=False):
+        """clustered: a place is free once it is in all blocks of the cluster. See `free_in_cluster`."""
+        full = plgpu.Barrier(num_arrivals=arrivals, num_barriers=self.turns)
+        free = dict(num_arrivals=writers, num_barriers=self.turns)
+        free = plgpu.ClusterBarrier(collective_axes=("c",), **free) if clustered else plgpu.Barrier(**free)
+        return {f"{self.name}_full": full, f"{self.name}_free": free}
 
     def place(self, n):
         return modulo(n, self.slots)
@@ -211,17 +212,20 @@ def modulo(n, count):
     return n & (count - 1) if count & (count - 1) == 0 else lax.rem(n, jnp.int32(count))
 
 
-def launch(name, config, inputs, outputs, scratch, grid, *roles):
+def launch(name, config, inputs, outputs, scratch, grid, *roles, clustered=False):
     """Runs a kernel whose blocks have for each of the roles (count, run) so many warpgroups, run(config, r, number).
 
     inputs, outputs (shapes) and scratch map the names that refs have in r; scratch that is None is absent, and None in
     r too. r.b, r.h, r.c: the block's place in the grid. Indices are 32 bits wide, also where a program has enabled x64.
+    clustered: blocks along the last axis of the grid run at a time and reach each other's shared memory.
 
     Returns: name -> array, of outputs.
     """
     names = (*inputs, *outputs)
     warpgroups = sum(count for count, _ in roles)
-    scratch = scratch | dict(done=plgpu.Barrier(num_arrivals=warpgroups))
+    done = plgpu.ClusterBarrier(collective_axes=("c",), num_arrivals=warpgroups) if clustered else None
+    scratch = scratch | dict(done=done or plgpu.Barrier(num_arrivals=warpgroups))
+    together = dict(grid=grid[:2], grid_names=("b", "h"), cluster=grid[2:], cluster_names=("c",))
 
     def body(*refs, **scratch_refs):
         r = SimpleNamespace(**dict.fromkeys(scratch), **dict(zip(names, refs, strict=True)))
@@ -238,15 +242,15 @@ def launch(name, config, inputs, outputs, scratch, grid, *roles):
             mine = (warpgroup >= first) & (warpgroup < first + count)
             pl.when(mine)(lambda run=run, first=first: run(config, r, warpgroup - first))
             first += count
-        # A warpgroup that ends while another still multiplies stops the kernel with an illegal instruction.
+        # A warpgroup that ends while another still multiplies stops the kernel with an illegal instruction. No block
+        # of a cluster may end while another still reaches for its memory.
         plgpu.barrier_arrive(r.done)
         plgpu.barrier_wait(r.done)
 
     run = plgpu.kernel(
         body,
         out_type=tuple(outputs.values()),
-        grid=grid,
-        grid_names=("b", "h", "c"),
+        **(together if clustered else dict(grid=grid, grid_names=("b", "h", "c"))),
         num_threads=warpgroups,
         thread_name="warpgroup",
         scratch_types={key: value for key, value in scratch.items() if value is not None},

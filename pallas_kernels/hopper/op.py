@@ -86,9 +86,10 @@ def _by_scan(query, key, value, vectors, documents, initial, plan, options, exac
     tied, save = options["tied"], options["save"]
     made = prepare(key, vectors, documents, value.dtype, tied=tied, save=save, exact=exact)
     solve = made.pop("solve")
-    vectors = {name: x for name, x in vectors.items() if name != "gain"} | dict(
-        erase=made.get("erase", vectors["gain"])
-    )
+    gain = vectors["gain"]
+    vectors = {name: x for name, x in vectors.items() if name != "gain"}
+    if save or not tied:  # else the inverse has it
+        vectors |= dict(erase=made.get("erase", gain))
     starts, maps = None if initial is None else initial[:, :, None], None
     if plan.backward * CHUNK < key.shape[1]:
         begins, _ = _borders(documents, plan.backward)

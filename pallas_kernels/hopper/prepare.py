@@ -38,9 +38,9 @@ def prepare(key, vectors, documents, dtype, *, tied, save, exact=False):
         dtype: of the results that are matrices.
 
     Returns:
-        name -> array. solve [B, H, N, C, C]: E = solve (V - a∘K S) (tied), U = solve (V - c∘a∘K S) (untied); if tied
-        and saved inverse, that of I + diag(c) M; if exact erase, and if saved too square (λ),
-        [B, H, N·64] float32.
+        name -> array. solve [B, H, N, C, C]: tied and saved E = solve (V - a∘K S), tied and not saved, which is folded,
+        U = c∘E at once, untied U = solve (V - c∘a∘K S). If tied and saved inverse, that of I + diag(c) M. If exact and
+        not folded erase, and if saved too square (λ), [B, H, N·64] float32.
     """
     batch, length, _, key_dim = key.shape
     heads = vectors["gain"].shape[1]
@@ -57,7 +57,8 @@ def prepare(key, vectors, documents, dtype, *, tied, save, exact=False):
     outputs = dict(solve=matrices)
     if both:
         outputs["inverse"] = matrices
-    if exact:
+    folded = tied and not save
+    if exact and not folded:
         outputs |= dict(erase=numbers) | (dict(square=numbers) if save else {})
     # Of a block. A launch gives each thread of four 128 registers, of three 168.
     count = min(3 if both and decayed else 4, chunks)
@@ -70,7 +71,7 @@ def prepare(key, vectors, documents, dtype, *, tied, save, exact=False):
         documents_r=plgpu.SMEM((count, 1, CHUNK), jnp.int32) if masked else None,
         documents_c=plgpu.SMEM((count, 1, CHUNK), jnp.int32) if masked else None,
         solve_s=smem((count, 1, *SQUARE), dtype),
-        erase_s=plgpu.SMEM((count, 1, CHUNK), F32),
+        erase_s=None if folded else plgpu.SMEM((count, 1, CHUNK), F32),
         square_s=plgpu.SMEM((count, CHUNK), F32) if save and exact else None,
         cosines_s=smem((count, *SQUARE), jnp.float16) if both else None,
         inverse_s=smem((count, *SQUARE), dtype) if both else None,
@@ -88,7 +89,7 @@ def prepare(key, vectors, documents, dtype, *, tied, save, exact=False):
     splits = max(1, min(PROCESSORS // (batch * heads), pl.cdiv(chunks, count)))
     config = SimpleNamespace(
         chunks=chunks, share=pl.cdiv(chunks, splits), group=heads // key.shape[2], count=count, dtype=dtype, tied=tied,
-        save=save, exact=exact, both=both, masked=masked, decayed=decayed, summed=summed, own=tuple(own),
+        save=save, folded=folded, exact=exact, both=both, masked=masked, decayed=decayed, summed=summed, own=tuple(own),
     )  # fmt: skip
     return launch("efla_prepare", config, inputs, outputs, scratch, (batch, heads, splits), (count, _chunks))
 
@@ -131,8 +132,11 @@ def _chunks(config, r, i):
             plgpu.commit_smem()  # what read the place is done before the copy, which is another proxy, writes it
             pl.when(first + (turn + 1) * config.count < end)(lambda: load(turn + 1))
 
+        def put(name, value):
+            getattr(r, name).at[r.first][...] = value
+
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # what the chunk before left here has been copied
-        write_inverse(config, r, fresh(r), lambda: r.first, decay_mask(config, r, fresh(r)), midway)
+        write_inverse(config, r, fresh(r), put, decay_mask(config, r, fresh(r)), midway)
         plgpu.commit_smem()
         _leave(config, r, first + turn * config.count)
         return carry
@@ -147,7 +151,7 @@ def _leave(config, r, n):
     plgpu.copy_smem_to_gmem(r.solve_s.at[fresh(r)], r.solve.at[r.b, r.h, n], commit_group=False)
     if config.both:
         plgpu.copy_smem_to_gmem(r.inverse_s, r.inverse.at[r.b, r.h, n], commit_group=False)
-    if config.exact:
+    if config.exact and not config.folded:
         tokens = r.b, r.h, pl.ds(n * CHUNK, CHUNK)
         plgpu.copy_smem_to_gmem(r.erase_s.at[r.first], r.erase.at[tokens], commit_group=False)
         if config.save:

@@ -45,7 +45,7 @@ def scan(key, query, value, solve, vectors, documents, starts, *, scale, tied, s
     Args:
         key, query, value, documents: as `forward` takes them.
         solve: [B, H, N, C, C], of `prepare`.
-        vectors: erase [B, H, N·64] float32; with decay also left, right and sums, as `forward` takes them.
+        vectors: with decay left, right and sums, as `forward` takes them; erase [B, H, N·64] float32, unless folded.
         starts: [B, H, P, V, K] float32, the state before each piece, or None for zeros.
         share: chunks of a piece, of which the last may have fewer.
 
@@ -112,12 +112,12 @@ def _scan(name, key, query, value, solve, vectors, documents, starts, outputs, *
         k_s=smem((keys.slots, CHUNK, key_dim), dtype),
         v_s=smem((values.slots, writers, *SQUARE), dtype),
         solve_s=smem((values.slots, *SQUARE), dtype),
-        erase_s=vector(values),
+        erase_s=vector(values) if "erase" in vectors else None,
         left_s=vector(values) if decayed else None,
         right_s=vector(values) if decayed else None,
         state_stage=stage(dtype, writers),
         **keys.barriers(1, writers + read),
-        **values.barriers(writers + 2 + 2 * decayed, writers),
+        **values.barriers(writers + 1 + len({"erase", "left", "right"} & set(vectors)), writers),
     )
     if read:
         scratch |= dict(
@@ -145,8 +145,8 @@ def _scan(name, key, query, value, solve, vectors, documents, starts, outputs, *
     config = SimpleNamespace(
         chunks=chunks, share=share, pieces=pieces, group=heads // key_heads, blocks=groups // writers,
         key_dim=key_dim, value_groups=value_dim // 64, writers=writers, read=read, dtype=dtype, scale=scale, tied=tied,
-        save=save, decayed=decayed, summed=summed, masked=masked, given=starts is not None,
-        skipping=documents is not None and not read,
+        folded="erase" not in vectors, save=save, decayed=decayed, summed=summed, masked=masked,
+        given=starts is not None, skipping=documents is not None and not read,
         keys=keys, values=values, queries=queries, scores=scores, states=states, updates=updates,
     )  # fmt: skip
     roles = (
@@ -233,7 +233,9 @@ def _loads(config, r, first):
 
     def load_values(i):
         ring, tokens = config.values, (r.b, r.h, rows(i))
-        load(ring, i, (r.solve.at[r.b, r.h, first + i], r.solve_s), (r.erase_v.at[tokens], r.erase_s))
+        load(ring, i, (r.solve.at[r.b, r.h, first + i], r.solve_s))
+        if not config.folded:
+            load(ring, i, (r.erase_v.at[tokens], r.erase_s))
         if config.decayed:
             load(ring, i, (r.left_v.at[tokens], r.left_s), (r.right_v.at[tokens], r.right_s))
         for w in range(config.writers):

@@ -49,7 +49,7 @@ def state_warpgroup(config, r, w):
         rest = (value if config.read else value * valued) - recalled
         update = matmul(rest.astype(config.dtype), r.solve_s.at[slot].T, SQUARE, staged=staged)
         solved = update.astype(config.dtype) if config.save and config.tied else None
-        if config.tied:
+        if config.tied and not config.folded:
             update = update * by_token(r.erase_s)
         low = late = update.astype(config.dtype)
         if config.decayed:

@@ -1,0 +1,182 @@
+"""The helper warpgroups of `pallas_kernels.hopper.forward`: what the state warpgroups read, made and sent for ahead."""
+
+from functools import partial
+from types import SimpleNamespace
+
+import jax.experimental.pallas as pl
+import jax.experimental.pallas.mosaic_gpu as plgpu
+import jax.numpy as jnp
+from jax import lax
+
+from pallas_kernels.hopper.inverse import BLOCK, fresh, write_inverse
+from pallas_kernels.hopper.masks import decay_mask
+from pallas_kernels.hopper.mosaic import (
+    CHUNK,
+    SQUARE,
+    TILE,
+    iota,
+    matmul,
+    part_of,
+    place,
+    set_registers,
+    write_numbers,
+)
+
+LOADER_REGISTERS = 24
+
+
+def _loads(config, r):
+    """(ring, function of n that sends for what of chunk n goes through it), in the order in which places get free."""
+    head = lax.div(r.h, config.group)
+    keys, queries, values = config.keys, config.queries, config.values
+
+    def load_keys(n):
+        rows, slot, bar = pl.ds(n * CHUNK, CHUNK), keys.place(n), keys.full(r, n)
+        plgpu.copy_gmem_to_smem(r.key.at[r.b, rows, head], r.k_s.at[slot], bar)
+        for name in ("gain_s", "left_s", "right_s", "sums_r", "sums_c"):
+            target = getattr(r, name)
+            if target is not None:
+                source = getattr(r, name[:-1] + "v")
+                plgpu.copy_gmem_to_smem(source.at[r.b, r.h, rows], target.at[slot], bar)
+        if config.masked:
+            for target in (r.documents_r, r.documents_c):
+                plgpu.copy_gmem_to_smem(r.documents.at[r.b, rows], target.at[slot], bar)
+
+    def load_queries(n):
+        rows = pl.ds(n * CHUNK, CHUNK)
+        plgpu.copy_gmem_to_smem(r.query.at[r.b, rows, head], r.q_s.at[queries.place(n)], queries.full(r, n))
+
+    def load_values(n):
+        rows, slot, bar = pl.ds(n * CHUNK, CHUNK), values.place(n), values.full(r, n)
+        for w in range(config.writers):
+            columns = pl.ds((r.c * config.writers + w) * 64, 64)
+            plgpu.copy_gmem_to_smem(r.value.at[r.b, rows, r.h, columns], r.v_s.at[slot, w], bar)
+
+    return (values, load_values), (queries, load_queries), (keys, load_keys)
+
+
+def _begin(config, r):
+    """What all read, and then the first copies, for which all wait."""
+    write_numbers(r)
+    if r.causal_s is not None:
+        r.causal_s[...] = jnp.where(iota(0) >= iota(1), 1.0, 0.0).astype(config.dtype)
+    plgpu.commit_smem()
+    loads = _loads(config, r)
+    for n in range(min(config.keys.slots, config.chunks)):
+        for ring, load in loads[::-1]:
+            if n < ring.slots:
+                load(r.first + n)
+
+
+def _recycle(config, r, n):
+    """The places of chunk n to later chunks."""
+    loads = _loads(config, r)
+    for ring, _ in loads:
+        plgpu.barrier_wait(ring.free(r, n))
+    plgpu.commit_smem()  # what read the place is done before the copy, which is another proxy, writes it
+    for ring, load in loads:
+        pl.when(n + ring.slots < config.chunks)(lambda ring=ring, load=load: load(n + ring.slots))
+
+
+def loader(config, r, _):
+    """In a cluster, a warpgroup that only sends for what its block reads, for all chunks in their order."""
+    _begin(config, r)
+    set_registers(LOADER_REGISTERS, config.writers + config.helpers + config.clustered)
+    loads = _loads(config, r)
+
+    def step(n, carry):
+        for ring, load in loads:
+            plgpu.barrier_wait(ring.free(r, n))
+            plgpu.commit_smem()  # as in _recycle
+            pl.when(n + ring.slots < config.chunks)(lambda ring=ring, load=load: load(n + ring.slots))
+        return carry
+
+    lax.fori_loop(0, config.chunks, step, None)
+
+
+def helper(config, r, i):
+    """A helper warpgroup: the inverse and the scores of every so manyth chunk, ahead of the state; copies, if alone."""
+    set_registers(config.helper_registers, config.writers + config.helpers + config.clustered)
+    own = {name: part_of(getattr(r, name), i) for name in config.own}
+    r = SimpleNamespace(**r.__dict__ | own)
+    keys, products = config.keys, config.products
+    stream = i * (config.streams // config.helpers) + (r.c if config.clustered else 0)
+    r.blocks_s.at[r.first, pl.ds(0, CHUNK)][...] = plgpu.layout_cast(jnp.zeros((CHUNK, BLOCK), jnp.float16), TILE)
+    plgpu.commit_smem()
+    if not config.clustered:
+        pl.when(i == 0)(lambda: _begin(config, r))
+
+    def step(turn, carry):
+        n = turn * config.streams + stream
+        anew = lambda: n + fresh(r)  # what is derived from it is made where it is used
+        plgpu.barrier_wait(keys.full(r, n))
+
+        def midway():
+            n = anew()
+            if not config.clustered:
+                pl.when(n >= config.helpers)(lambda: _recycle(config, r, n - config.helpers))
+            pl.when(n >= products.slots)(lambda: plgpu.barrier_wait(products.free(r, n - products.slots)))
+
+        slot = keys.place(n)
+        write_inverse(config, r, slot, partial(_put, config, r, anew), decay_mask(config, r, slot), midway)
+        _write_scores(config, r, anew())
+        if config.save:  # one of the blocks of a head does
+            pl.when(r.c == 0)(lambda: _save(config, r, anew()))
+        plgpu.commit_smem()
+        for _ in range(1 + config.clustered):  # as often as who writes to another block, a tile at a time
+            plgpu.barrier_arrive(products.full(r, anew()))
+        return carry
+
+    turns = lax.div(config.chunks - 1 - stream + config.streams, jnp.int32(config.streams))
+    lax.fori_loop(0, turns, step, None)
+    if config.clustered:
+        return
+    for before in range(products.slots // config.helpers)[::-1]:
+
+        @pl.when(turns > before)
+        def _(before=before):
+            n = fresh(r) + (turns - 1 - before) * config.helpers + i
+            if before == 0:
+                _recycle(config, r, n)
+            plgpu.barrier_wait(products.free(r, n))
+
+    plgpu.wait_smem_to_gmem(0)
+
+
+def _write_scores(config, r, n):
+    slot = config.keys.place(n)
+    plgpu.barrier_wait(config.queries.full(r, n))
+    scores = matmul(r.q_s.at[config.queries.place(n)], r.k_s.at[slot].T, SQUARE)
+    if config.scale != 1:
+        scores = scores * config.scale
+    decay = decay_mask(config, r, slot)
+    if decay is not None:
+        scores = (scores * decay).astype(config.dtype)
+    elif r.causal_s is not None:  # a product with 0 and 1, two numbers at once, is cheaper than a choice
+        scores = scores.astype(config.dtype) * plgpu.load(r.causal_s, layout=TILE)
+    else:
+        row, column = place(r)
+        scores = lax.optimization_barrier(jnp.where(row >= column, scores, 0.0)).astype(config.dtype)
+    _put(config, r, lambda: n, "scores_s", scores)
+
+
+def _put(config, r, n, name, value):
+    """What a helper made of chunk n() to where the state warpgroups read it, those of the cluster's other block too."""
+    target = getattr(r, name).at[config.products.place(n())]
+    target[...] = value
+    if config.clustered:
+        full = config.products.full(r, n())
+        plgpu.async_store_smem(value, target, full, cluster_idx=1 - r.c, cluster_dim="c")
+
+
+def _save(config, r, n):
+    """The inverse and the numbers for the backward pass, to device memory."""
+    made = config.products.place(n)
+    plgpu.commit_smem()
+    source = r.inverse_s if config.tied else r.solve_s.at[made]
+    plgpu.copy_smem_to_gmem(source, r.inverse.at[r.b, r.h, n], commit_group=False)
+    if config.exact:
+        tokens = r.b, r.h, pl.ds(n * CHUNK, CHUNK)
+        plgpu.copy_smem_to_gmem(r.erase_s.at[made], r.erase.at[tokens], commit_group=False)
+        plgpu.copy_smem_to_gmem(r.square_s, r.square.at[tokens], commit_group=False)
+    plgpu.commit_smem_to_gmem_group()
