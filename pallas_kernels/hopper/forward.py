@@ -97,7 +97,7 @@ def forward(key, query, value, vectors, documents, initial, *, scale, tied, save
     splits = value_dim // 64 if batch * heads * (value_dim // 64) <= PROCESSORS else 1
     writers = value_dim // 64 // splits
     folded = tied and not save
-    clustered = splits == 2 and folded and "left" not in vectors and not interpreting()
+    clustered = False
     helpers, state_registers, helper_registers = _crew(writers, key_dim, save, "left" in vectors, clustered)
     streams = helpers * (2 if clustered else 1)  # that a head's chunks are dealt out to
     dtype = value.dtype
