@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Literal, get_args
@@ -132,6 +133,20 @@ def _run_block(graph, partition_spec, params, x_BTE, cache, segment_ids, lengths
     return nnx.merge(graph, params)(x_BTE, **options)
 
 
+def _equal_blocks(config: LanguageModelConfig, kind: str, count: int, rngs: nnx.Rngs) -> Iterator[Block]:
+    """So many blocks of one kind, drawn together: XLA needs seconds to compile the random numbers of a single one."""
+
+    @nnx.split_rngs(splits=count)
+    @nnx.vmap
+    def draw(rngs):
+        return Block(config, kind, rngs=rngs)
+
+    graph, params = nnx.split(draw(rngs))
+    params = jax.lax.optimization_barrier(params)  # else XLA draws them anew for every block that is cut out
+    part = lambda i: jax.tree.map(lambda x: x[i], params)
+    return (nnx.merge(graph, part(i)) for i in range(count))
+
+
 class LanguageModel(nnx.Module):
     """Token ids -> embedding -> blocks -> norm -> head.
 
@@ -143,7 +158,9 @@ class LanguageModel(nnx.Module):
         self.config = config
         dtype, init = jnp.dtype(config.dtype), nnx.initializers.normal(0.02)
         self.embed = nnx.Embed(config.vocab_size, config.features, embedding_init=init, dtype=dtype, rngs=rngs)
-        self.blocks = nnx.List(Block(config, kind, rngs=rngs) for kind in config.block_mixers)
+        kinds = config.block_mixers
+        blocks = {kind: _equal_blocks(config, kind, kinds.count(kind), rngs) for kind in dict.fromkeys(kinds)}
+        self.blocks = nnx.List(next(blocks[kind]) for kind in kinds)
         self.norm = nnx.RMSNorm(config.features, dtype=dtype, rngs=rngs)
         if not config.tied:
             self.head = nnx.Linear(
