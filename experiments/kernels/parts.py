@@ -1,9 +1,9 @@
-"""What the warpgroups of the forward kernel take alone: which of them bounds it.
+"""What the warpgroups of the forward kernels take alone: which of them bounds it.
 
 python -m experiments.kernels.parts [--shapes=8x2048x16x128,…] [--calls=60]
 
-Times the kernel as it is; without the inverse and the scores ("state": what the state warpgroups are given is not
-initialised, they take as long); with state warpgroups that only hand back what they were given ("helpers"); and
+Times the kernel as it is; without the inverse and the scores ("state": the state warpgroups are given zeros, and take
+as long); with state warpgroups that only hand back what they were given ("helpers"); and
 without either ("copies"). Microseconds a call, the least of five rounds, and for each chunk of a row.
 """
 
@@ -11,6 +11,7 @@ import contextlib
 import sys
 import time
 from collections.abc import Callable
+from types import ModuleType
 from unittest import mock
 
 import jax
@@ -19,8 +20,8 @@ import jax.numpy as jnp
 from absl import app, flags
 
 from efla_jax import efla_attention
-from pallas_kernels.hopper import forward_helper, op
-from pallas_kernels.hopper.mosaic import CHUNK, set_registers
+from pallas_kernels.hopper import few_heads, forward_helper, op
+from pallas_kernels.hopper.mosaic import CHUNK, TILE, set_registers
 
 _SHAPES = flags.DEFINE_list("shapes", ["8x2048x16x128", "4x4096x16x128", "16x2048x16x64"], "BxTxHxD")
 _CALLS = flags.DEFINE_integer("calls", 60, "calls of a round", lower_bound=1)
@@ -28,14 +29,13 @@ _CALLS = flags.DEFINE_integer("calls", 60, "calls of a round", lower_bound=1)
 FORWARD = sys.modules[op.forward_kernel.__module__]  # the package's name `forward` is the function
 
 
-def idle_state(config, r, w):
-    """A state warpgroup that waits for what it needs and gives it back."""
-    set_registers(config.state_registers, config.writers + config.helpers + config.clustered)
-    rings = config.keys, config.values, config.products, config.queries
+def _idle(config, r, *rings):
+    """Waits for what each chunk's place in the rings holds, and gives it back."""
 
     def step(n, carry):
         for ring in rings:
             plgpu.barrier_wait(ring.full(r, n))
+        plgpu.commit_smem()  # in a cluster one thread gives back, for all that have waited
         for ring in rings:
             plgpu.barrier_arrive(ring.free(r, n))
         return carry
@@ -43,15 +43,50 @@ def idle_state(config, r, w):
     jax.lax.fori_loop(0, config.chunks, step, 0)
 
 
-NO_INVERSE: dict[str, Callable] = dict(
-    write_inverse=lambda config, r, slot, made, decay, midway: midway(),
-    _write_scores=lambda config, r, n: plgpu.barrier_wait(config.queries.full(r, n)),
-)
-PARTS: dict[str, dict[str, Callable]] = {
+def idle_state(config, r, w):
+    set_registers(config.state_registers, config.warpgroups)
+    _idle(config, r, config.keys, config.values, config.products, config.queries)
+
+
+def idle_few_state(config, r, w):
+    set_registers(few_heads.REGISTERS["state"], config.warpgroups)
+    _idle(config, r, config.keys, config.values, config.products)
+
+
+def idle_few_output(config, r, w):
+    set_registers(few_heads.REGISTERS["output"], config.warpgroups)
+    _idle(config, r, config.products, config.queries)
+
+
+def _zeros(config):
+    return plgpu.layout_cast(jnp.zeros((CHUNK, CHUNK), config.dtype), TILE)
+
+
+def no_inverse(config, r, slot, put, decay, midway):
+    midway()
+    put("solve_s", _zeros(config))
+
+
+def no_scores(config, r, n):
+    plgpu.barrier_wait(config.queries.full(r, n))
+    forward_helper._put(config, r, lambda: n, "scores_s", _zeros(config))
+
+
+Replaced = dict[tuple[ModuleType, str], Callable]
+NO_INVERSE: Replaced = {
+    (forward_helper, "write_inverse"): no_inverse,
+    (forward_helper, "_write_scores"): no_scores,
+}
+IDLE: Replaced = {
+    (FORWARD, "_state"): idle_state,
+    (few_heads, "_state"): idle_few_state,
+    (few_heads, "_output"): idle_few_output,
+}
+PARTS: dict[str, Replaced] = {
     "whole": {},
     "state": NO_INVERSE,
-    "helpers": dict(_state=idle_state),
-    "copies": NO_INVERSE | dict(_state=idle_state),
+    "helpers": IDLE,
+    "copies": NO_INVERSE | IDLE,
 }
 
 
@@ -81,8 +116,7 @@ def main(argv: list[str]) -> None:
     print(jax.devices()[0].device_kind)
     for name, replaced in PARTS.items():
         with contextlib.ExitStack() as stack:
-            for function, replacement in replaced.items():
-                module = FORWARD if function == "_state" else forward_helper
+            for (module, function), replacement in replaced.items():
                 stack.enter_context(mock.patch.object(module, function, replacement))
             jax.clear_caches()  # the kernel is traced anew
             for text in _SHAPES.value:

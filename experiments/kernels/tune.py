@@ -22,7 +22,7 @@ import jax.numpy as jnp
 from absl import app, flags
 
 from experiments.provenance import provenance
-from pallas_kernels.hopper import blocks, op, pieces
+from pallas_kernels.hopper import blocks, few_heads, op, pieces
 from pallas_kernels.hopper.decode import COLUMNS, ELEMENTS, decode, default_columns
 from pallas_kernels.hopper.mosaic import CHUNK
 
@@ -34,16 +34,27 @@ _COMMIT = flags.DEFINE_string("commit", None, "the commit that is measured, wher
 MARGIN = 0.02
 STEPS = 50  # steps, dependent for decode, of a timed call
 Shape = tuple[int, int, int, int, int]
-LONG = ["1x16384x16x128x128", "1x65536x16x128x128", "2x8192x16x128x128", "1x8192x8x128x128", "1x4096x16x128x128"]
+LONG = [
+    "4x4096x16x128x128",
+    "1x16384x16x128x128",
+    "1x65536x16x128x128",
+    "2x8192x16x128x128",
+    "1x8192x8x128x128",
+    "1x4096x16x128x128",
+]
 DECODE = [f"{batch}x{t}x16x{dim}x{dim}" for dim in (64, 128, 256) for batch in (1, 16, 64, 256) for t in (1, 8)]
 
 
-def pieces_candidates(shape: Shape) -> tuple[dict[str, int], list[dict[str, int]]]:
-    """The kernels' own choice of pieces for (B, T, H, K, V), one piece, and what is next to the own choice."""
-    batch, length, heads, _, _ = shape
+def pieces_candidates(direction: str, shape: Shape) -> tuple[dict[str, int], list[dict[str, int]]]:
+    """The kernels' own choice of pieces for (B, T, H, K, V), one piece, what is next to the own choice, and one piece
+    in the kernel of few heads, which only a forward pass can take."""
+    batch, length, heads, _, value_dim = shape
     own = pieces.fill(batch * heads, length)
     near = {1, own, *(n for n in (own // 2, own * 2) if n > 1 and n * pieces.SHORTEST * CHUNK <= length)}
-    return dict(pieces=own), [dict(pieces=n) for n in sorted(near)]
+    choices = [dict(pieces=n) for n in sorted(near)]
+    if direction == "forward" and few_heads.serves(batch * heads, value_dim, ("gain",), tied=True, save=False):
+        choices.append(dict(pieces=1, apart=1))
+    return dict(pieces=own), choices
 
 
 def pieces_program(direction: str, shape: Shape, choice: dict[str, int]) -> Callable[[], Any]:
@@ -53,6 +64,7 @@ def pieces_program(direction: str, shape: Shape, choice: dict[str, int]) -> Call
     inputs = draw(0, key_dim), draw(1, key_dim), draw(2, value_dim), jnp.full((batch, length, heads), 0.5, jnp.float32)
     cotangents = draw(3, value_dim), jnp.zeros((batch, heads, key_dim, value_dim), jnp.float32)
     plan = pieces.cut(direction, batch * heads, length, value_dim, choice["pieces"])
+    plan = plan._replace(apart="apart" in choice)
     options = dict(scale=1.0, exact=True, plan=plan)
 
     def step(query, key, value, beta, d_output, d_state):
@@ -145,7 +157,7 @@ def main(argv: list[str]) -> None:
     if _DIRECTION.value == "decode":
         candidates, program = decode_candidates, decode_program
     else:
-        candidates, program = pieces_candidates, partial(pieces_program, _DIRECTION.value)
+        candidates, program = (partial(f, _DIRECTION.value) for f in (pieces_candidates, pieces_program))
     facts, rows = _facts(texts), []
     for text, shape in zip(texts, shapes, strict=True):
         batch, length, heads, key_dim, value_dim = shape

@@ -9,10 +9,8 @@ a = decay from the chunk's start, e = decay to its end, d = decay of the whole c
   operand in registers: Rᵀ from Sᵀ Kᵀ, then Uᵀ, Oᵀ = a∘Sᵀ Qᵀ + Uᵀ Pᵀ, Sᵀ ← d Sᵀ + (e∘U)ᵀ K. Warpgroups of one head
   share nothing but what the helpers made.
 
-Where heads are few, the state warpgroups of a head are in blocks of their own. The two blocks are then a cluster, if
-nothing is kept for a backward pass: each makes every other chunk's inverse and scores and writes them to the other's
-shared memory too, and a loader of its own sends for its copies. The interpreter knows no such writes: there, and where
-the helpers make more than these two tiles, each block makes all for itself.
+Where heads are few, the state warpgroups of a head are in blocks of their own; what such blocks can share is used by
+`pallas_kernels.hopper.few_heads`, which serves the plainest of these calls.
 
 Where erase and write are the same number c per token ("tied": every rule but the exact one with decay) the kernel
 solves for the prediction error E = V - a∘K S - M U, which is what the backward pass wants, and U = c∘E:
@@ -32,7 +30,7 @@ import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax import lax
 
-from pallas_kernels.hopper.forward_helper import LOADER_REGISTERS, helper, loader
+from pallas_kernels.hopper.forward_helper import helper
 from pallas_kernels.hopper.inverse import BLOCK
 from pallas_kernels.hopper.mosaic import (
     CHUNK,
@@ -44,7 +42,6 @@ from pallas_kernels.hopper.mosaic import (
     TILE,
     Ring,
     check_registers,
-    interpreting,
     launch,
     matmul,
     part_of,
@@ -55,13 +52,11 @@ from pallas_kernels.hopper.mosaic import (
 )
 
 
-def _crew(writers, key_dim, save, decayed, clustered):
+def _crew(writers, key_dim, save, decayed):
     """(helpers, registers of a thread of state warpgroups, and of helpers); None for as many as a launch gives.
 
     As many helpers as shared memory and registers hold. A launch gives 168 to each of three warpgroups, 128 of four.
     """
-    if clustered:
-        return 2, 176, 152
     if writers == 1:
         if save or decayed:
             return (2, 176, 160) if key_dim == 128 and save and decayed else (2, None, None)
@@ -97,9 +92,7 @@ def forward(key, query, value, vectors, documents, initial, *, scale, tied, save
     splits = value_dim // 64 if batch * heads * (value_dim // 64) <= PROCESSORS else 1
     writers = value_dim // 64 // splits
     folded = tied and not save
-    clustered = False
-    helpers, state_registers, helper_registers = _crew(writers, key_dim, save, "left" in vectors, clustered)
-    streams = helpers * (2 if clustered else 1)  # that a head's chunks are dealt out to
+    helpers, state_registers, helper_registers = _crew(writers, key_dim, save, "left" in vectors)
     dtype = value.dtype
     masked = documents is not None
     inputs = dict(query=query, key=key, value=value, **{f"{name}_v": x for name, x in vectors.items()})
@@ -122,10 +115,9 @@ def forward(key, query, value, vectors, documents, initial, *, scale, tied, save
         outputs |= dict(erase=per_token, square=per_token)
     decayed = "left" in vectors
     summed = "sums" in vectors
-    # keys: one in the state warpgroups, one in each helper, one on its way
-    keys = Ring.of("keys", 5 if clustered else helpers + 2, streams)
-    queries, values = Ring.of("queries", 3 if clustered else 2, streams), Ring.of("values", 2, streams)
-    products = Ring.of("products", 3 if clustered else max(helpers, 2), streams)
+    keys = Ring.of("keys", helpers + 2, helpers)  # one in the state warpgroups, one in each helper, one on its way
+    queries, values = Ring.of("queries", 2, helpers), Ring.of("values", 2, helpers)
+    products = Ring.of("products", max(helpers, 2), helpers)
     crowded = key_dim == 128 and (writers == 1 or save)  # shared memory is
     vector = plgpu.SMEM((keys.slots, CHUNK), F32)
     scratch = dict(
@@ -150,7 +142,7 @@ def forward(key, query, value, vectors, documents, initial, *, scale, tied, save
         **keys.barriers(2 + 2 * decayed + 2 * summed + 2 * masked, writers),
         **queries.barriers(1, writers),
         **values.barriers(writers, writers),
-        **products.barriers(2 if clustered else 1, writers, clustered),
+        **products.barriers(1, writers),
         scale_s=plgpu.SMEM((writers, CHUNK), F32),
         state_stage=stage(dtype, writers),
     )
@@ -168,20 +160,17 @@ def forward(key, query, value, vectors, documents, initial, *, scale, tied, save
         scale=scale, tied=tied, save=save, staged=save or decayed, masked=masked, decayed=decayed, summed=summed,
         initial=initial is not None,
         exact=exact, keys=keys, queries=queries, values=values, products=products, own=tuple(own),
-        state_registers=state_registers, helper_registers=helper_registers, folded=folded, clustered=clustered,
-        streams=streams,
+        state_registers=state_registers, helper_registers=helper_registers, folded=folded, warpgroups=writers + helpers,
+        streams=helpers, fed=False, shared=False,
     )  # fmt: skip
-    check_registers(
-        (writers, state_registers), (helpers, helper_registers), *([(1, LOADER_REGISTERS)] if clustered else [])
-    )
-    roles = (writers, _state), (helpers, helper), *([(1, loader)] if clustered else [])
-    grid = batch, heads, splits
-    return launch("efla_forward", config, inputs, outputs, scratch | own, grid, *roles, clustered=clustered)
+    check_registers((writers, state_registers), (helpers, helper_registers))
+    roles = (writers, _state), (helpers, helper)
+    return launch("efla_forward", config, inputs, outputs, scratch | own, (batch, heads, splits), *roles)
 
 
 def _state(config, r, w):
     """One state warpgroup: columns 64w … 64w+63 of the block's part of the state."""
-    set_registers(config.state_registers, config.writers + config.helpers + config.clustered)
+    set_registers(config.state_registers, config.warpgroups)
     columns = pl.ds((r.c * config.writers + w) * 64, 64)
     staged = part_of(r.state_stage, w)
     shape = 64, config.key_dim
@@ -198,9 +187,6 @@ def _state(config, r, w):
         k_s, q_s = r.k_s.at[slot], r.q_s.at[queries.place(n)]
         left = lambda: per_column(plgpu.load(r.left_s.at[slot], layout=COLS), SQUARE)
         plgpu.barrier_wait(keys.full(r, n))
-        if config.clustered:
-            plgpu.barrier_wait(products.full(r, n))
-            plgpu.commit_smem()  # what another block wrote, which products read through another proxy
         _to_stage(config, r, w, n, columns, state)
         state, recalled = _recall(config, r, w, state, k_s)
         update_low, left_over = _update(config, r, w, n, columns, recalled * left() if config.decayed else recalled)
@@ -218,15 +204,12 @@ def _state(config, r, w):
         if config.decayed:
             out = out * left()
         out = matmul(update_low, scores_s.T, SQUARE, init=out, staged=staged)
-        if not config.clustered:
-            plgpu.barrier_arrive(products.free(r, n))
+        plgpu.barrier_arrive(products.free(r, n))
         plgpu.barrier_arrive(queries.free(r, n))
         if not config.staged:
             state = advanced(state)
         plgpu.barrier_arrive(keys.free(r, n))
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-        if config.clustered:  # one thread arrives in both blocks for a warpgroup, which has just waited for all of it
-            plgpu.barrier_arrive(products.free(r, n))
         if config.save:  # E has left the place of V
             plgpu.barrier_arrive(values.free(r, n))
         r.stage_s.at[w, 0].T[...] = out.astype(config.dtype)
@@ -266,7 +249,7 @@ def _update(config, r, w, n, columns, recalled):
     rest = plgpu.load(v_s.T, layout=TILE).astype(F32) - recalled
     if not config.save:
         plgpu.barrier_arrive(values.free(r, n))
-    if config.tied and not config.clustered:
+    if config.tied:
         plgpu.barrier_wait(products.full(r, n))
     rest = rest.astype(config.dtype)
     update = matmul(rest, r.solve_s.at[made].T, SQUARE, staged=part_of(r.state_stage, w))

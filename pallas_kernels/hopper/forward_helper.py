@@ -79,9 +79,9 @@ def _recycle(config, r, n):
 
 
 def loader(config, r, _):
-    """In a cluster, a warpgroup that only sends for what its block reads, for all chunks in their order."""
+    """A warpgroup that only sends for what its block reads, for all chunks in their order."""
     _begin(config, r)
-    set_registers(LOADER_REGISTERS, config.writers + config.helpers + config.clustered)
+    set_registers(LOADER_REGISTERS, config.warpgroups)
     loads = _loads(config, r)
 
     def step(n, carry):
@@ -96,14 +96,14 @@ def loader(config, r, _):
 
 def helper(config, r, i):
     """A helper warpgroup: the inverse and the scores of every so manyth chunk, ahead of the state; copies, if alone."""
-    set_registers(config.helper_registers, config.writers + config.helpers + config.clustered)
+    set_registers(config.helper_registers, config.warpgroups)
     own = {name: part_of(getattr(r, name), i) for name in config.own}
     r = SimpleNamespace(**r.__dict__ | own)
     keys, products = config.keys, config.products
-    stream = i * (config.streams // config.helpers) + (r.c if config.clustered else 0)
+    stream = i * (config.streams // config.helpers) + (r.c if config.shared else 0)
     r.blocks_s.at[r.first, pl.ds(0, CHUNK)][...] = plgpu.layout_cast(jnp.zeros((CHUNK, BLOCK), jnp.float16), TILE)
     plgpu.commit_smem()
-    if not config.clustered:
+    if not config.fed:
         pl.when(i == 0)(lambda: _begin(config, r))
 
     def step(turn, carry):
@@ -113,7 +113,7 @@ def helper(config, r, i):
 
         def midway():
             n = anew()
-            if not config.clustered:
+            if not config.fed:
                 pl.when(n >= config.helpers)(lambda: _recycle(config, r, n - config.helpers))
             pl.when(n >= products.slots)(lambda: plgpu.barrier_wait(products.free(r, n - products.slots)))
 
@@ -123,20 +123,20 @@ def helper(config, r, i):
         if config.save:  # one of the blocks of a head does
             pl.when(r.c == 0)(lambda: _save(config, r, anew()))
         plgpu.commit_smem()
-        for _ in range(1 + config.clustered):  # as often as who writes to another block, a tile at a time
+        for _ in range(1 + config.shared):  # as often as who writes to another block, a tile at a time
             plgpu.barrier_arrive(products.full(r, anew()))
         return carry
 
     turns = lax.div(config.chunks - 1 - stream + config.streams, jnp.int32(config.streams))
     lax.fori_loop(0, turns, step, None)
-    if config.clustered:
+    if config.shared:
         return
     for before in range(products.slots // config.helpers)[::-1]:
 
         @pl.when(turns > before)
         def _(before=before):
             n = fresh(r) + (turns - 1 - before) * config.helpers + i
-            if before == 0:
+            if before == 0 and not config.fed:
                 _recycle(config, r, n)
             plgpu.barrier_wait(products.free(r, n))
 
@@ -162,11 +162,11 @@ def _write_scores(config, r, n):
 
 def _put(config, r, n, name, value):
     """What a helper made of chunk n() to where the state warpgroups read it, those of the cluster's other block too."""
-    target = getattr(r, name).at[config.products.place(n())]
-    target[...] = value
-    if config.clustered:
+    place = lambda: getattr(r, name).at[config.products.place(n())]
+    if config.shared:
         full = config.products.full(r, n())
-        plgpu.async_store_smem(value, target, full, cluster_idx=1 - r.c, cluster_dim="c")
+        plgpu.async_store_smem(value, place(), full, cluster_idx=1 - r.c, cluster_dim="c")
+    place()[...] = value
 
 
 def _save(config, r, n):

@@ -157,7 +157,8 @@ class Ring(NamedTuple):
         return cls(name, slots, -(-slots // helpers) * helpers)
 
     def barriers(self, arrivals, writers, clustered=False):
-        """clustered: a place is free once it is in all blocks of the cluster. See `free_in_cluster`."""
+        """clustered: a place is free once it is in all blocks of the cluster. One thread then arrives for a warpgroup,
+        all of which must have been waited for."""
         full = plgpu.Barrier(num_arrivals=arrivals, num_barriers=self.turns)
         free = dict(num_arrivals=writers, num_barriers=self.turns)
         free = plgpu.ClusterBarrier(collective_axes=("c",), **free) if clustered else plgpu.Barrier(**free)
@@ -225,7 +226,7 @@ def launch(name, config, inputs, outputs, scratch, grid, *roles, clustered=False
     warpgroups = sum(count for count, _ in roles)
     done = plgpu.ClusterBarrier(collective_axes=("c",), num_arrivals=warpgroups) if clustered else None
     scratch = scratch | dict(done=done or plgpu.Barrier(num_arrivals=warpgroups))
-    together = dict(grid=grid[:2], grid_names=("b", "h"), cluster=grid[2:], cluster_names=("c",))
+    apart = 2 if clustered else 3  # axes of the grid whose blocks know nothing of each other
 
     def body(*refs, **scratch_refs):
         r = SimpleNamespace(**dict.fromkeys(scratch), **dict(zip(names, refs, strict=True)))
@@ -250,7 +251,10 @@ def launch(name, config, inputs, outputs, scratch, grid, *roles, clustered=False
     run = plgpu.kernel(
         body,
         out_type=tuple(outputs.values()),
-        **(together if clustered else dict(grid=grid, grid_names=("b", "h", "c"))),
+        grid=grid[:apart],
+        grid_names=("b", "h", "c")[:apart],
+        cluster=grid[apart:],
+        cluster_names=("b", "h", "c")[apart:],
         num_threads=warpgroups,
         thread_name="warpgroup",
         scratch_types={key: value for key, value in scratch.items() if value is not None},

@@ -7,7 +7,7 @@ write differs from erase, multiplies the values by write.
 
 import jax.numpy as jnp
 
-from pallas_kernels.hopper import decode, pieces
+from pallas_kernels.hopper import decode, few_heads, pieces
 from pallas_kernels.hopper.backward import backward as backward_kernel
 from pallas_kernels.hopper.chain import chain
 from pallas_kernels.hopper.forward import forward as forward_kernel
@@ -66,7 +66,10 @@ def forward(
     vectors, documents = _vectors(erase, log_decay, documents)
     initial = _transposed(initial_state, key.shape[-1], value.shape[-1])
     options = dict(scale=scale, tied=tied, save=save)
-    if plan.fused:
+    rows = value.shape[0] * value.shape[2]
+    if plan.apart and few_heads.serves(rows, value.shape[-1], vectors, tied=tied, save=save):
+        out = few_heads.forward(key, query, value, vectors, initial, scale=scale, exact=exact)
+    elif plan.fused:
         out = forward_kernel(key, query, value, vectors, documents, initial, exact=exact, **options)
     else:
         out = _by_scan(query, key, value, vectors, documents, initial, plan, options, exact)

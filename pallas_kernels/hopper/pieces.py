@@ -19,11 +19,14 @@ class Plan(NamedTuple):
     fused: one kernel makes the inverse and walks the chunks; else `prepare` and `scan` do.
     forward, backward: chunks of a piece in either pass. Pieces of the forward pass are one or several of the backward
     pass, which are those that summaries are made of.
+    apart: a fused forward pass whose states and outputs have warpgroups of their own, for a call that
+    `few_heads.serves`. By measurement only.
     """
 
     fused: bool
     forward: int
     backward: int
+    apart: bool = False
 
 
 def plan(direction: str, heads: int, length: int, key_dim: int, value_dim: int) -> Plan:
@@ -31,8 +34,9 @@ def plan(direction: str, heads: int, length: int, key_dim: int, value_dim: int) 
 
     direction: "forward", or "both" where a backward pass follows. heads: B·H. value_dim: 64 or 128.
     """
-    measured = blocks.lookup(direction, key_dim, value_dim, heads, length).get("pieces")
-    return cut(direction, heads, length, value_dim, fill(heads, length) if measured is None else measured)
+    measured = blocks.lookup(direction, key_dim, value_dim, heads, length)
+    whole = cut(direction, heads, length, value_dim, measured.get("pieces") or fill(heads, length))
+    return whole._replace(apart=whole.fused and bool(measured.get("apart")))
 
 
 def cut(direction: str, heads: int, length: int, value_dim: int, pieces: int) -> Plan:

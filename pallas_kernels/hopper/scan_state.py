@@ -38,6 +38,7 @@ def state_warpgroup(config, r, w):
 
     def step(i, state):
         slot, k_s = values.place(i), r.k_s.at[keys.place(i)]
+        solve_s = r.solve_s.at[config.solves.place(i)]
         by_token = lambda ref: per_column(plgpu.load(ref.at[slot], layout=COLS), SQUARE)
         plgpu.barrier_wait(keys.full(r, i))
         recalled, value = _recall(config, r, w, i, first, columns, state, k_s)
@@ -47,7 +48,11 @@ def state_warpgroup(config, r, w):
             recalled = recalled * by_token(r.erase_s)
         value = value.astype(F32)
         rest = (value if config.read else value * valued) - recalled
-        update = matmul(rest.astype(config.dtype), r.solve_s.at[slot].T, SQUARE, staged=staged)
+        if config.fed:
+            plgpu.barrier_wait(config.solves.full(r, i))
+        if config.shared:
+            plgpu.commit_smem()  # what another block wrote, which the product reads through another proxy
+        update = matmul(rest.astype(config.dtype), solve_s.T, SQUARE, staged=staged)
         solved = update.astype(config.dtype) if config.save and config.tied else None
         if config.tied and not config.folded:
             update = update * by_token(r.erase_s)
@@ -138,6 +143,8 @@ def _hand_over(config, r, i, first, columns, low, solved):
     if config.save and config.tied:
         r.solved_s.T[...] = solved
     plgpu.commit_smem()
+    if config.fed:  # in a cluster one thread does, for all that have just been waited for
+        plgpu.barrier_arrive(config.solves.free(r, i))
     plgpu.barrier_arrive(updates.full(r, i))
     if config.save:
         source = r.solved_s if config.tied else place

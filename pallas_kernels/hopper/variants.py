@@ -41,6 +41,10 @@ def _few_heads_variants(small) -> Iterator[Variant]:
         arrays = _arrays(key_dim, 128, tied=exact, decay=not exact, documents=not exact, **small | dict(batch=16))
         name = f"{key_dim}x128-few" + ("-tied-exact" if exact else "-decay-documents")
         yield from _forward(name, arrays, exact=exact)
+        if exact:
+            plan = cut("forward", 64, arrays[0].shape[1], 128, 1)._replace(apart=True)
+            apart = partial(forward, scale=1.0, save=False, exact=True, plan=plan)
+            yield f"forward-{key_dim}x128-few-apart", "forward", apart, arrays
 
 
 def _pieces_variants(small) -> Iterator[Variant]:

@@ -38,7 +38,15 @@ def test_own_choice_is_a_candidate(shape):
 )
 def test_pieces_around_the_own_choice(shape, own, all_of_them):
     """Neighbours, but no piece shorter than `pieces.SHORTEST` chunks."""
-    assert tune.pieces_candidates(shape) == (dict(pieces=own), [dict(pieces=n) for n in sorted(all_of_them)])
+    assert tune.pieces_candidates("both", shape) == (dict(pieces=own), [dict(pieces=n) for n in sorted(all_of_them)])
+
+
+def test_few_heads_have_a_kernel_to_try():
+    """Of two halves of columns for each head on the card at once, forward."""
+    apart = dict(pieces=1, apart=1)
+    assert apart in tune.pieces_candidates("forward", (4, 4096, 16, 128, 128))[1]
+    assert apart not in tune.pieces_candidates("both", (4, 4096, 16, 128, 128))[1]
+    assert apart not in tune.pieces_candidates("forward", (8, 2048, 16, 128, 128))[1]
 
 
 def test_measured_in_turns():

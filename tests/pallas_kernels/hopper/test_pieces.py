@@ -53,6 +53,12 @@ def test_a_measured_count_comes_first(monkeypatch):
     assert pieces.plan("both", 128, 2048, 128, 128) == Plan(False, 16, 8)
 
 
+@pytest.mark.parametrize(("count", "apart"), [(1, True), (4, False)])
+def test_only_a_fused_kernel_has_states_and_outputs_apart(monkeypatch, count, apart):
+    monkeypatch.setattr(blocks, "lookup", lambda *args: {"pieces": count, "apart": 1})
+    assert pieces.plan("forward", 64, 4096, 128, 128).apart == apart
+
+
 @pytest.mark.usefixtures("interpreted")
 @pytest.mark.parametrize("given", [True, False])
 def test_chain(given):

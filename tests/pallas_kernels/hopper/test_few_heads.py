@@ -1,0 +1,55 @@
+"""The forward pass of few heads with nothing kept, which no call that is differentiated takes."""
+
+from functools import partial
+
+import numpy as np
+import pytest
+
+from efla_jax import efla_attention
+from pallas_kernels.hopper import few_heads, pieces
+from tests.ops.helpers import errors, evaluate
+from tests.pallas_kernels.hopper.helpers import FACTOR, rounded
+
+
+def test_serves():
+    """What has a kernel of its own: both halves of every head's columns on the card at once, and no more to make."""
+    plain = dict(gain=None)
+    assert few_heads.serves(66, 128, plain, tied=True, save=False)
+    assert not few_heads.serves(67, 128, plain, tied=True, save=False)
+    assert not few_heads.serves(4, 64, plain, tied=True, save=False)
+    assert not few_heads.serves(4, 128, plain, tied=False, save=False)
+    assert not few_heads.serves(4, 128, plain, tied=True, save=True)
+    assert not few_heads.serves(4, 128, plain | dict(left=None), tied=True, save=False)
+
+
+CASES = [
+    pytest.param(dict(length=330, heads=2), dict(), True, id="grouped"),
+    pytest.param(dict(length=65, key_dim=128), dict(integrator="euler", scale=0.5), False, id="no state"),
+    pytest.param(dict(length=40), dict(), True, id="one chunk"),
+    pytest.param(dict(length=700, key_dim=128), dict(), True, id="eleven chunks", marks=pytest.mark.slow),
+]
+
+
+@pytest.mark.usefixtures("interpreted")
+@pytest.mark.parametrize(("sizes", "options", "stateful"), CASES)
+def test_accurate(monkeypatch, sizes, options, stateful):
+    """Against the float64 loop, by the error of `xla`."""
+    cut = partial(pieces.cut, pieces=1)
+    monkeypatch.setattr(
+        pieces, "plan", lambda direction, *sizes: cut(direction, *sizes[:2], sizes[3])._replace(apart=True)
+    )
+    ran, forward = [], few_heads.forward
+    monkeypatch.setattr(few_heads, "forward", lambda *args, **options: ran.append(1) or forward(*args, **options))
+    inputs, cotangent = rounded(value_dim=128, batch=1, **sizes)
+    if not stateful:
+        inputs.pop("initial_state")
+
+    def run(implementation, inputs):
+        results = efla_attention(**inputs, implementation=implementation, **options)
+        return dict(zip(("output", "state"), map(np.asarray, results), strict=True))
+
+    want = evaluate(inputs, np.float64, implementation="scan", cotangent=cotangent, **options)
+    want = {name: want[name] for name in ("output", "state")}
+    got, theirs = (errors(run(name, inputs), want) for name in ("pallas_gpu", "xla"))
+    assert ran
+    assert {name: error for name, error in got.items() if error > FACTOR * theirs[name]} == {}, theirs
