@@ -7,13 +7,14 @@ missing commit_smem or wgmma_wait, which show on a card only.
 import importlib
 import inspect
 import re
+import sys
 import types
 
 import jax
 import numpy as np
 import pytest
 
-from pallas_kernels.hopper import op, pieces
+from pallas_kernels.hopper import pieces
 from tests.ops import helpers
 from tests.ops.helpers import evaluate
 from tests.pallas_kernels.hopper.helpers import documents, rounded, too_far
@@ -23,7 +24,7 @@ pytestmark = pytest.mark.cpu("what the interpreter finds")
 
 @pytest.fixture
 def plant(monkeypatch):
-    """plant(name, old, new): the op runs a copy of that kernel with the pattern old made new."""
+    """plant(name, old, new): the kernels run with a copy of that module, with the pattern old made new."""
 
     def replace(name, old, new):
         original = importlib.import_module(f"pallas_kernels.hopper.{name}")
@@ -32,9 +33,11 @@ def plant(monkeypatch):
         assert count, f"not in {name}.py: {old}"
         copy = types.ModuleType(f"planted_{name}")
         exec(compile(source, f"planted {original.__file__}", "exec"), copy.__dict__)
-        for own, value in list(vars(op).items()):
-            if getattr(value, "__module__", None) == original.__name__:
-                monkeypatch.setattr(op, own, getattr(copy, value.__name__))
+        users = [x for n, x in sys.modules.items() if n.startswith("pallas_kernels.hopper") and x is not original]
+        for user in users:
+            for own, value in list(vars(user).items()):
+                if getattr(value, "__module__", None) == original.__name__:
+                    monkeypatch.setattr(user, own, getattr(copy, value.__name__))
 
     helpers._compiled.cache_clear()
     yield replace
@@ -54,11 +57,11 @@ def results(length=200, **options):
 # forward pass, all inputs of one chunk back in the backward pass. Or two helpers write to the same place.
 LATE = {
     "places": (
-        "forward",
+        "forward_helper",
         r"( +for ring, _ in loads:\n.*\n.*commit_smem.*\n)( +for ring, load in loads:\n.*\n)",
         r"\2\1",
     ),
-    "helpers": ("forward", r"part_of\(getattr\(r, name\), i\)", "part_of(getattr(r, name), 0)"),
+    "helpers": ("forward_helper", r"part_of\(getattr\(r, name\), i\)", "part_of(getattr(r, name), 0)"),
     "inputs": ("backward", r"(plgpu\.barrier_wait\(r\.inputs_free\))\n( +)(pl.when.*load\(.*)", r"\3\n\2\1"),
 }
 
