@@ -49,7 +49,8 @@ def rounded(x: jax.Array, kind: str) -> jax.Array:
         return x.astype(kind)
     _, exponent = jnp.frexp(jnp.max(jnp.abs(x)))
     scale = jnp.ldexp(jnp.float32(1), 8 - exponent)  # the largest number becomes 128 … 256, of at most 448
-    return ((x * scale).astype(_FLOAT8).astype(jnp.float32) / scale).astype(jnp.bfloat16)
+    narrow = jax.lax.optimization_barrier((x * scale).astype(_FLOAT8))  # else XLA on a GPU leaves the rounding out
+    return (narrow.astype(jnp.float32) / scale).astype(jnp.bfloat16)
 
 
 @partial(jax.jit, static_argnums=0)

@@ -134,7 +134,8 @@ def _sums(x: jax.Array, right: jax.Array) -> dict[str, jax.Array]:
     numbers to x's type changes; and how many numbers are not finite."""
     bins = lambda x: jnp.sum(x.reshape(BINS, -1), -1)
     wide = x.astype(jnp.float64)
-    squares = {"error": wide - right, "right": right, "found": wide, "floor": right.astype(x.dtype) - right}
+    nearest = jax.lax.optimization_barrier(right.astype(x.dtype))  # else XLA on a GPU leaves the rounding out
+    squares = {"error": wide - right, "right": right, "found": wide, "floor": nearest.astype(jnp.float64) - right}
     return {name: bins(jnp.square(y)) for name, y in squares.items()} | {"bad": bins(~jnp.isfinite(wide))}
 
 
