@@ -246,13 +246,13 @@ def _update(config, r, w, n, columns, recalled):
         plgpu.barrier_wait(products.full(r, n))
         recalled = recalled * erase()
     plgpu.barrier_wait(values.full(r, n))
-    rest = plgpu.load(v_s.T, layout=TILE).astype(F32) - recalled
-    if not config.save:
-        plgpu.barrier_arrive(values.free(r, n))
     if config.tied:
         plgpu.barrier_wait(products.full(r, n))
-    rest = rest.astype(config.dtype)
-    update = matmul(rest, r.solve_s.at[made].T, SQUARE, staged=part_of(r.state_stage, w))
+    # T V - T (K S): V - K S rounded would lose of K S what is below V's last place, always to the same side
+    forgotten, solve_t = (recalled * -1.0).astype(config.dtype), r.solve_s.at[made].T
+    update = matmul([v_s.T, forgotten], [solve_t, solve_t], SQUARE, staged=part_of(r.state_stage, w))
+    if not config.save:
+        plgpu.barrier_arrive(values.free(r, n))
     if config.save:  # in the place of V, which all threads have read
         plgpu.commit_smem()
         v_s.T[...] = update.astype(config.dtype)

@@ -28,6 +28,7 @@ from pallas_kernels.hopper.mosaic import (
     COLS,
     F32,
     SQUARE,
+    TILE,
     Ring,
     launch,
     matmul,
@@ -207,6 +208,8 @@ def _helper(config, r, _):
             plgpu.commit_smem()  # what read the place is done before the copy, which is another proxy, writes it
             pl.when(i + ring.slots < count)(lambda ring=ring, load=load: load(i + ring.slots))
 
+    if not config.read:
+        _empty_values(config, r)
     for i in range(min(config.keys.slots, config.share)):
         for ring, load in loads:
             if i < ring.slots:
@@ -225,6 +228,19 @@ def _helper(config, r, _):
     recycle(count - 1)
     if config.read:
         config.scores.wait_last(r, count)
+
+
+def _empty_values(config, r):
+    """A map has no values: zeros, which stay."""
+    nothing = plgpu.layout_cast(jnp.zeros(SQUARE, config.dtype), TILE)
+    for w in range(config.writers):
+
+        @pl.when(group_of(config, r, w) >= config.value_groups)
+        def _(w=w):
+            for slot in range(config.values.slots):
+                r.v_s.at[slot + r.first, w][...] = nothing
+
+    plgpu.commit_smem()
 
 
 def _loads(config, r, first):
@@ -247,10 +263,14 @@ def _loads(config, r, first):
         if config.decayed:
             load(ring, i, (r.left_v.at[tokens], r.left_s), (r.right_v.at[tokens], r.right_s))
         for w in range(config.writers):
-            # a map has no values; some are read all the same, and count for nothing
-            columns = pl.ds(jnp.minimum(group_of(config, r, w), config.value_groups - 1) * 64, 64)
-            source = r.value.at[r.b, rows(i), r.h, columns]
-            plgpu.copy_gmem_to_smem(source, r.v_s.at[ring.place(i), w], ring.full(r, i))
+            group, target = group_of(config, r, w), r.v_s.at[ring.place(i), w]
+            source = r.value.at[r.b, rows(i), r.h, pl.ds(group * 64, 64)]
+            if config.read:
+                plgpu.copy_gmem_to_smem(source, target, ring.full(r, i))
+            else:
+                has = group < config.value_groups
+                pl.when(has)(lambda s=source, t=target: plgpu.copy_gmem_to_smem(s, t, ring.full(r, i)))
+                pl.when(~has)(lambda: plgpu.barrier_arrive(ring.full(r, i)))
 
     def load_queries(i):
         ring, tokens = config.queries, (r.b, r.h, rows(i))

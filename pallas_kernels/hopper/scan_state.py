@@ -34,25 +34,24 @@ def state_warpgroup(config, r, w):
     keys, values = config.keys, config.values
     columns = pl.ds(group * 64, 64)
     state = _start(config, r, piece, group)
-    valued = jnp.where(group < config.value_groups, 1.0, 0.0)
 
     def step(i, state):
         slot, k_s = values.place(i), r.k_s.at[keys.place(i)]
         solve_s = r.solve_s.at[config.solves.place(i)]
         by_token = lambda ref: per_column(plgpu.load(ref.at[slot], layout=COLS), SQUARE)
         plgpu.barrier_wait(keys.full(r, i))
-        recalled, value = _recall(config, r, w, i, first, columns, state, k_s)
+        recalled = _recall(config, r, w, i, first, columns, state, k_s)
         if config.decayed:
             recalled = recalled * by_token(r.left_s)
         if not config.tied:
             recalled = recalled * by_token(r.erase_s)
-        value = value.astype(F32)
-        rest = (value if config.read else value * valued) - recalled
         if config.fed:
             plgpu.barrier_wait(config.solves.full(r, i))
         if config.shared:
             plgpu.commit_smem()  # what another block wrote, which the product reads through another proxy
-        update = matmul(rest.astype(config.dtype), solve_s.T, SQUARE, staged=staged)
+        # T V - T (K S): V - K S rounded would lose of K S what is below V's last place, always to the same side
+        forgotten, v_s = (recalled * -1.0).astype(config.dtype), r.v_s.at[slot, w].T
+        update = matmul([v_s, forgotten], [solve_s.T, solve_s.T], SQUARE, staged=staged)
         solved = update.astype(config.dtype) if config.save and config.tied else None
         if config.tied and not config.folded:
             update = update * by_token(r.erase_s)
@@ -111,7 +110,7 @@ def _start(config, r, piece, group):
 
 
 def _recall(config, r, w, i, first, columns, state, k_s):
-    """Sᵀ Kᵀ, and the values. Meanwhile the rounded state goes to the output warpgroup, if saved to memory too."""
+    """Sᵀ Kᵀ. Meanwhile the rounded state goes to the output warpgroup, if saved to memory too; and values come."""
     states, values = config.states, config.values
     low = state.astype(config.dtype)
 
@@ -125,8 +124,7 @@ def _recall(config, r, w, i, first, columns, state, k_s):
             plgpu.commit_smem()
             plgpu.barrier_arrive(states.full(r, i))
         plgpu.barrier_wait(values.full(r, i))
-        value = plgpu.load(r.v_s.at[values.place(i), w].T, layout=TILE)
-        return plgpu.wgmma_accumulator_load(acc, wait_n=0), value
+        return plgpu.wgmma_accumulator_load(acc, wait_n=0)
 
     recalled = lax.optimization_barrier(pl.run_scoped(multiply, plgpu.ACC(SQUARE, F32)))
     if config.save:
