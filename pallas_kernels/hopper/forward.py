@@ -15,7 +15,7 @@ Where heads are few, the state warpgroups of a head are in blocks of their own; 
 Where erase and write are the same number c per token ("tied": every rule but the exact one with decay) the kernel
 solves for the prediction error E = V - a∘K S - M U, which is what the backward pass wants, and U = c∘E:
 
-    tied:   R = V - a∘K S         E = (I + M diag(c))⁻¹ R        U = c∘E    (at once, "folded", if E is not saved)
+    tied:   R = V - a∘K S         E = (I + M diag(c))⁻¹ R        U = c∘E
     untied: R = V - c∘a∘K S       U = (I + diag(c) M)⁻¹ R        (V has been multiplied by write)
 
 The triangular inverse: `pallas_kernels.hopper.inverse`.
@@ -91,7 +91,6 @@ def forward(key, query, value, vectors, documents, initial, *, scale, tied, save
     chunks = pl.cdiv(length, CHUNK)
     splits = value_dim // 64 if batch * heads * (value_dim // 64) <= PROCESSORS else 1
     writers = value_dim // 64 // splits
-    folded = tied and not save
     helpers, state_registers, helper_registers = _crew(writers, key_dim, save, "left" in vectors)
     dtype = value.dtype
     masked = documents is not None
@@ -126,7 +125,7 @@ def forward(key, query, value, vectors, documents, initial, *, scale, tied, save
         v_s=smem((values.slots, writers, *SQUARE), dtype),
         solve_s=smem((products.slots, *SQUARE), dtype),
         scores_s=smem((products.slots, *SQUARE), dtype),
-        erase_s=None if folded else plgpu.SMEM((products.slots, CHUNK), F32),
+        erase_s=plgpu.SMEM((products.slots, CHUNK), F32),
         stage_s=smem((writers, key_dim // 64 if save or decayed else 1, *SQUARE), dtype),  # the state, then the output
         gain_s=vector,
         causal_s=None if decayed or crowded else smem(SQUARE, dtype),  # 1 on and below the diagonal
@@ -160,7 +159,7 @@ def forward(key, query, value, vectors, documents, initial, *, scale, tied, save
         scale=scale, tied=tied, save=save, staged=save or decayed, masked=masked, decayed=decayed, summed=summed,
         initial=initial is not None,
         exact=exact, keys=keys, queries=queries, values=values, products=products, own=tuple(own),
-        state_registers=state_registers, helper_registers=helper_registers, folded=folded, warpgroups=writers + helpers,
+        state_registers=state_registers, helper_registers=helper_registers, folded=False, warpgroups=writers + helpers,
         streams=helpers, fed=False, shared=False,
     )  # fmt: skip
     check_registers((writers, state_registers), (helpers, helper_registers))
@@ -258,7 +257,7 @@ def _update(config, r, w, n, columns, recalled):
         v_s.T[...] = update.astype(config.dtype)
         plgpu.commit_smem()
         plgpu.copy_smem_to_gmem(v_s, r.solved.at[r.b, pl.ds(n * CHUNK, CHUNK), r.h, columns])
-    if config.tied and not config.folded:
+    if config.tied:
         update = update * erase()
     low = update.astype(config.dtype)
     if not config.decayed:
