@@ -157,7 +157,8 @@ def main(argv: list[str]) -> None:
     if _DIRECTION.value == "decode":
         candidates, program = decode_candidates, decode_program
     else:
-        candidates, program = (partial(f, _DIRECTION.value) for f in (pieces_candidates, pieces_program))
+        candidates = partial(pieces_candidates, _DIRECTION.value)
+        program = partial(pieces_program, _DIRECTION.value)
     facts, rows = _facts(texts), []
     for text, shape in zip(texts, shapes, strict=True):
         batch, length, heads, key_dim, value_dim = shape

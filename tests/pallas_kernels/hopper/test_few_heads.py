@@ -1,7 +1,5 @@
 """The forward pass of few heads with nothing kept, which no call that is differentiated takes."""
 
-from functools import partial
-
 import numpy as np
 import pytest
 
@@ -34,10 +32,11 @@ CASES = [
 @pytest.mark.parametrize(("sizes", "options", "stateful"), CASES)
 def test_accurate(monkeypatch, sizes, options, stateful):
     """Against the float64 loop, by the error of `xla`."""
-    cut = partial(pieces.cut, pieces=1)
-    monkeypatch.setattr(
-        pieces, "plan", lambda direction, *sizes: cut(direction, *sizes[:2], sizes[3])._replace(apart=True)
-    )
+
+    def plan(direction, heads, length, key_dim, value_dim):
+        return pieces.cut(direction, heads, length, value_dim, 1)._replace(apart=True)
+
+    monkeypatch.setattr(pieces, "plan", plan)
     ran, forward = [], few_heads.forward
     monkeypatch.setattr(few_heads, "forward", lambda *args, **options: ran.append(1) or forward(*args, **options))
     inputs, cotangent = rounded(value_dim=128, batch=1, **sizes)
