@@ -5,6 +5,7 @@ A kernel package offers, on the arrays of the op,
         -> (output, state, residuals)
     backward(query, key, value, erase, write, log_decay, initial_state, documents, residuals, d_output, d_state, *,
              scale) -> gradients of the first seven, None where the input is None
+and either of them also chunk_size and precision if `implementation` is told so;
 where write None means erase and initial_state None zeros. documents [B, T] int32 counts the documents that began in
 the row up to the token, not counting token 0.
 
@@ -61,13 +62,16 @@ def _caller(platform: str, here: Callable[[], bool], reason: str) -> Callable:
     return call
 
 
-def implementation(forward: Callable, backward: Callable, platform: str, here: Callable[[], bool], reason: str):
+def implementation(
+    forward: Callable, backward: Callable, platform: str, here: Callable[[], bool], reason: str, choices: bool = False
+):
     """The `run` of a kernel package for the registry.
 
     Args:
         platform: what the kernels are lowered for, "cuda" or "tpu".
         here: whether what is traced now can run them; else it can only be exported for `platform`, and lowering it
             for another raises NotImplementedError with `reason`.
+        choices: whether the kernels take chunk_size and precision; else what is not their own is declined before.
     """
 
     call = _caller(platform, here, reason)
@@ -106,7 +110,8 @@ def implementation(forward: Callable, backward: Callable, platform: str, here: C
         precision,
         **options,
     ):
-        del chunk_size, precision  # declined where they are not the kernels' own
+        if choices:
+            options |= dict(chunk_size=chunk_size, precision=precision)
         numbers = _accumulated(query, key, value, erase, write, log_decay, initial_state)
         inputs = (query, key, value, *numbers)
         documents = None

@@ -18,7 +18,7 @@ from efla_jax.choices import check_choice
 from efla_jax.ops.chunkwise import chunkwise_delta_rule
 from efla_jax.ops.kernels import implementation, step_implementation
 from efla_jax.ops.scan import scan_delta_rule, single_step
-from pallas_kernels import hopper, triton
+from pallas_kernels import hopper, tpu, triton
 from pallas_kernels.hopper import decode
 
 # The order in which None tries them; all names that a caller may use.
@@ -105,6 +105,12 @@ REGISTRY: dict[str, Implementation] = {
         _triton_unsupported,
         triton.absent,
         "gpu",
+    ),
+    "pallas_tpu": Implementation(
+        implementation(tpu.forward, tpu.backward, "tpu", lambda: tpu.absent() is None, tpu.NO_DEVICE, choices=True),
+        lambda call: tpu.unsupported(call.dtypes, call.key_dim, call.value_dim, call.chunk_size),
+        tpu.absent,
+        "tpu",
     ),
     "xla": Implementation(chunkwise_delta_rule, lambda call: None),
     "scan": Implementation(scan_delta_rule, lambda call: None),

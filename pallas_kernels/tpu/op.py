@@ -1,0 +1,205 @@
+"""The delta rule on a TPU: from the arrays of the op to those of the kernels, and back.
+
+The kernels read [B, T, H·D], which is how a projection gives it, so that no head is moved in memory. What XLA does
+here besides: lays numbers of tokens out as rows, 4 bytes a token and head, sums log-decays within chunks, pads K and V
+to multiples of 64 and T to one of the chunk.
+"""
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels.tpu import plan
+from pallas_kernels.tpu.backward import backward as backward_kernel
+from pallas_kernels.tpu.config import Config
+from pallas_kernels.tpu.forward import forward as forward_kernel
+
+DTYPES = (jnp.bfloat16, jnp.float32)
+LARGEST = 256  # of K and V
+PIECES = {
+    None: None,
+    jax.lax.Precision.DEFAULT: 1,
+    jax.lax.Precision.HIGH: 2,
+    jax.lax.Precision.HIGHEST: 3,
+}
+
+
+def unsupported(dtypes, key_dim, value_dim, chunk_size):
+    """Why the kernels cannot serve a call of this kind, or None."""
+    if len(set(dtypes)) > 1 or dtypes[0] not in DTYPES:
+        names = ", ".join(jnp.dtype(dtype).name for dtype in dtypes)
+        return f"query, key and value are {names}; the kernels take all bfloat16 or all float32"
+    if key_dim > LARGEST or value_dim > LARGEST:
+        return f"K={key_dim} and V={value_dim}; the kernels take at most {LARGEST} of both"
+    if chunk_size not in (None, *plan.CHUNKS):
+        return f"chunk_size={chunk_size}; the kernels' chunks are of {', '.join(map(str, plan.CHUNKS))} tokens"
+    return None
+
+
+def pieces_of(dtype, precision) -> int:
+    """Pieces of a float32 operand: as asked for, else one for bfloat16 inputs and all three for float32 ones."""
+    return PIECES[precision] or (1 if dtype == jnp.bfloat16 else 3)
+
+
+def forward(
+    query,
+    key,
+    value,
+    erase,
+    write,
+    log_decay,
+    initial_state,
+    documents,
+    *,
+    scale,
+    save,
+    chunk_size=None,
+    precision=None,
+):
+    """Output, final state and the residuals of `backward`.
+
+    Args:
+        query, key: [B, T, Hk, K]; value [B, T, H, V] of the same type, bfloat16 or float32; K, V ≤ 256.
+        erase: [B, T, H] float32. write: likewise, or None where it is erase.
+        log_decay: [B, T, H] float32 or None.
+        initial_state: [B, H, K, V] float32 or None for zeros.
+        documents: [B, T] int32 or None, how many documents of the row began up to the token, not counting token 0.
+        save: whether to return residuals; else ().
+        chunk_size: 64, 128, 256 or None. precision: of the products, `jax.lax.Precision` or None.
+    """
+    with jax.enable_x64(False):  # indices are 32 bits wide, also where a program has enabled x64
+        call = _Call(query, key, value, write, log_decay, documents, scale, chunk_size, precision)
+        numbers = call.numbers(erase, write, log_decay, documents)
+        tokens = (call.flat(x) for x in (query, key, value))
+        out = forward_kernel(call.config, *tokens, numbers, call.padded_state(initial_state), save=save)
+        residuals = (out["states"], out["inverse"]) if save else ()
+        return call.whole(out["output"], value), call.state(out["final"]), residuals
+
+
+def backward(
+    query,
+    key,
+    value,
+    erase,
+    write,
+    log_decay,
+    initial_state,
+    documents,
+    residuals,
+    d_output,
+    d_state,
+    *,
+    scale,
+    chunk_size=None,
+    precision=None,
+):
+    """Gradients of the eight inputs of `forward` but documents, in order; None where the input is None."""
+    with jax.enable_x64(False):
+        call = _Call(query, key, value, write, log_decay, documents, scale, chunk_size, precision)
+        numbers = call.numbers(erase, write, log_decay, documents)
+        tokens = (call.flat(x) for x in (query, key, value))
+        cotangents = call.flat(d_output.astype(value.dtype)), call.padded_state(d_state)
+        out = backward_kernel(call.config, *tokens, numbers, *residuals, *cotangents)
+        d_write = None if write is None else call.per_token(out["d_numbers"], "write")
+        d_log_decay = None
+        if log_decay is not None:
+            d_log_decay = call.summed_back(call.per_token(out["d_numbers"], "sums"), documents)
+        return (
+            call.whole(out["d_query"], query),
+            call.whole(out["d_key"], key),
+            call.whole(out["d_value"], value),
+            call.per_token(out["d_numbers"], "erase"),
+            d_write,
+            d_log_decay,
+            None if initial_state is None else call.state(out["d_initial"]),
+        )
+
+
+class _Call:
+    """Sizes of one call, and the ways between the op's arrays and the kernels'."""
+
+    def __init__(self, query, key, value, write, log_decay, documents, scale, chunk_size, precision):
+        self.batch, self.length, key_heads, self.key_dim = key.shape
+        self.heads, self.value_dim = value.shape[2:]
+        dims = plan.padded_dim(self.key_dim), plan.padded_dim(self.value_dim)
+        group = self.heads // key_heads
+        together = plan.key_heads_of(key_heads, group, *dims)
+        if together is None:
+            dims = tuple(-(-dim // plan.LANES) * plan.LANES for dim in dims)
+            together = plan.key_heads_of(key_heads, group, *dims) or 1
+        self.config = Config(
+            chunk=plan.chunk_of(self.length, chunk_size), key_heads=together, group=group, key_dim=dims[0],
+            value_dim=dims[1], scale=scale, pieces=pieces_of(key.dtype, precision), tied=write is None,
+            decay=log_decay is not None, documents=documents is not None,
+        )  # fmt: skip
+        self.groups = key_heads // together
+        self.chunks = -(-self.length // self.config.chunk)
+
+    @property
+    def missing(self) -> int:
+        return self.chunks * self.config.chunk - self.length
+
+    def _dim(self, dim: int) -> int:
+        return self.config.key_dim if dim == self.key_dim else self.config.value_dim
+
+    def flat(self, x):
+        """[B, T, H, D] -> [B, T, H·D], padded: tokens that are 0 neither erase, write nor decay."""
+        extra = self._dim(x.shape[-1]) - x.shape[-1]
+        if self.missing or extra:
+            x = jnp.pad(x, ((0, 0), (0, self.missing), (0, 0), (0, extra)))
+        return x.reshape(*x.shape[:2], -1)
+
+    def whole(self, x, like):
+        """Inverse of `flat`."""
+        x = x.reshape(*x.shape[:2], like.shape[2], -1)
+        return x[:, : self.length, :, : like.shape[-1]]
+
+    def padded_state(self, state):
+        if state is None:
+            return None
+        extra = self.config.key_dim - self.key_dim, self.config.value_dim - self.value_dim
+        state = state.astype(jnp.float32)
+        return jnp.pad(state, ((0, 0), (0, 0), (0, extra[0]), (0, extra[1]))) if any(extra) else state
+
+    def state(self, padded):
+        return padded[:, :, : self.key_dim, : self.value_dim]
+
+    def _chunked(self, x, mode="constant"):
+        """[B, T, ...] -> [B, N, C, ...]."""
+        x = jnp.pad(x, ((0, 0), (0, self.missing)) + ((0, 0),) * (x.ndim - 2), mode=mode)
+        return x.reshape(self.batch, self.chunks, self.config.chunk, *x.shape[2:])
+
+    def _reach(self, documents):
+        """[B or 1, N or 1, C, C]: j ≤ i in one document. Sums run along its rows, so that they restart exactly."""
+        size = self.config.chunk
+        reach = jnp.tril(jnp.ones((1, 1, size, size), bool))
+        if documents is None:
+            return reach
+        documents = self._chunked(documents, "edge")
+        return reach & (documents[..., :, None] == documents[..., None, :])
+
+    def numbers(self, erase, write, log_decay, documents):
+        """[B, G, N, rows, C] float32, rows as `Config.rows` has them."""
+        rows = [self._chunked(erase)]
+        if write is not None:
+            rows.append(self._chunked(write))
+        if log_decay is not None:
+            log_decay = self._chunked(log_decay)[:, :, None]
+            rows.append(jnp.sum(jnp.where(self._reach(documents)[..., None], log_decay, 0), 3))
+        rows = [x.astype(jnp.float32).reshape(*x.shape[:3], self.groups, -1) for x in rows]  # B N C G heads
+        if documents is not None:
+            chunked = self._chunked(documents, "edge")  # padding belongs to the last document
+            before = jnp.pad(chunked[:, :-1, -1:], ((0, 0), (1, 0), (0, 0)))
+            relative = (chunked - before).astype(jnp.float32)[..., None, None]
+            rows.append(jnp.broadcast_to(relative, (*relative.shape[:3], self.groups, 1)))
+        return jnp.concatenate(rows, -1).transpose(0, 3, 1, 4, 2)
+
+    def per_token(self, numbers, name):
+        """The rows of that name as [B, T, H]."""
+        x = numbers[..., self.config.rows[name], :].transpose(0, 2, 4, 1, 3)
+        return x.reshape(self.batch, -1, self.heads)[:, : self.length]
+
+    def summed_back(self, d_sums, documents):
+        """Cotangent of log-decays from that of their sums: each collects what lies behind it in chunk and document."""
+        d_sums = self._chunked(d_sums)[:, :, :, None]
+        gathered = jnp.sum(jnp.where(self._reach(documents)[..., None], d_sums, 0), 2)
+        return gathered.reshape(self.batch, -1, self.heads)[:, : self.length]
