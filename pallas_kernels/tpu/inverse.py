@@ -15,7 +15,7 @@ LANES = 128
 
 def _same_block(rows: int, columns: int) -> jax.Array:
     row, column = (lax.broadcasted_iota(jnp.int32, (rows, columns), axis) for axis in (0, 1))
-    return row // BLOCK == column // BLOCK
+    return lax.div(row, BLOCK) == lax.div(column, BLOCK)  # `//` rounds, for which lowering asks what TPU this is
 
 
 def _solve_blocks(packed_nBL: jax.Array) -> jax.Array:
@@ -27,9 +27,9 @@ def _solve_blocks(packed_nBL: jax.Array) -> jax.Array:
     flat = packed_nBL.reshape(count * BLOCK, lanes)
     lane = lax.broadcasted_iota(jnp.int32, flat.shape, 1)
     row, column = (lax.broadcasted_iota(jnp.int32, packed_nBL.shape, axis) for axis in (1, 2))
-    solved_nBL = (row == column % BLOCK).astype(F32)
+    solved_nBL = (row == (column & (BLOCK - 1))).astype(F32)
     for j in range(BLOCK - 1):
-        column_j = jnp.take_along_axis(flat, lane // BLOCK * BLOCK + j, axis=1).reshape(packed_nBL.shape)
+        column_j = jnp.take_along_axis(flat, (lane & -BLOCK) + j, axis=1).reshape(packed_nBL.shape)
         solved_nBL = solved_nBL - column_j * solved_nBL[:, j : j + 1]
     return solved_nBL
 
@@ -69,7 +69,7 @@ def _doubled(products: Products, lower_CC: jax.Array, inverse_CC: jax.Array, blo
     halves = lambda x: x.reshape(blocks, 2 * block, size)
     lower_half = lambda x: halves(x)[:, block:].reshape(size // 2, size)
     row, column = (lax.broadcasted_iota(jnp.int32, (size // 2, size), axis) for axis in (0, 1))
-    corner = column // block == 2 * (row // block)
+    corner = lax.div(column, block) == 2 * lax.div(row, block)
     product = products.nn(jnp.where(corner, lower_half(lower_CC), 0.0), inverse_CC)
     zeros = jnp.zeros((blocks, block, size), F32)
     product_CC = jnp.concatenate([zeros, product.reshape(blocks, block, size)], 1).reshape(size, size)
