@@ -20,7 +20,7 @@ from jax import lax
 from pallas_kernels.tpu.config import Config, key_slice, like, value_slice
 from pallas_kernels.tpu.forward import block_specs, update_of
 from pallas_kernels.tpu.numbers import Numbers, read_numbers, scaled
-from pallas_kernels.tpu.products import F32, Products
+from pallas_kernels.tpu.products import F32, Products, above, beside
 
 
 def backward(config: Config, query, key, value, numbers, states, inverse, d_output, d_final) -> dict[str, jax.Array]:
@@ -61,12 +61,13 @@ class _Keys:
     """What the value heads of one key head share, and the sums of what they give back."""
 
     def __init__(self, config: Config, r, head: int):
-        products = Products(config.pieces)
+        products, size = Products(config.pieces), config.chunk
         self.lanes = key_slice(config, head)
         self.query, self.key = r.query[:, self.lanes], r.key[:, self.lanes]
         self.query_pieces, self.key_pieces = products.split(self.query), products.split(self.key)
-        self.gram = products.nt(self.key_pieces, self.key_pieces)
-        self.scores = products.nt(self.query_pieces, self.key_pieces)
+        self.transposed = products.split(jnp.concatenate([self.query.T, self.key.T], 1))  # K 2C
+        scores = products.nn(self.key_pieces, self.transposed)
+        self.scores_transposed, self.gram = scores[:, :size], scores[:, size:]
         self.d_query = self.d_key = None
 
     def add(self, d_query, d_key):
@@ -82,15 +83,20 @@ def _step(config: Config, r) -> None:
     def _():
         r.d_state[...] = r.d_final[...]
 
-    numbers = read_numbers(config, r.numbers)
+    numbers = read_numbers(config, r.numbers.at[0])
+    keys = [_Keys(config, r, head) for head in range(config.key_heads)]
+    heads = [_Head(config, r, numbers, head, keys[head // config.group]) for head in range(config.heads)]
+    # every step for all heads before the next one, as in the forward kernel
+    for step in (_Head.read_states, _Head.solve, _Head.through_state, _Head.to_keys):
+        for head in heads:
+            step(head)
+    for x in keys:
+        r.d_query[:, x.lanes] = x.d_query.astype(r.d_query.dtype)
+        r.d_key[:, x.lanes] = x.d_key.astype(r.d_key.dtype)
     rows = _Rows(config)
-    for shared in range(config.key_heads):
-        keys = _Keys(config, r, shared)
-        for head in range(shared * config.group, (shared + 1) * config.group):
-            _head(config, r, numbers, head, keys, rows)
-        r.d_query[:, keys.lanes] = keys.d_query.astype(r.d_query.dtype)
-        r.d_key[:, keys.lanes] = keys.d_key.astype(r.d_key.dtype)
-    rows.store(r.d_numbers)
+    for head in heads:
+        head.numbers_of(rows)
+    rows.store(r.d_numbers.at[0])
 
     @pl.when(n == pl.num_programs(2) - 1)
     def _():
@@ -126,55 +132,87 @@ def _row_sum(x):
     return jnp.sum(x, axis=1, keepdims=True)
 
 
-def _head(config: Config, r, numbers: Numbers, head: int, keys: _Keys, rows: _Rows) -> None:
-    """Gradients of one value head in one chunk."""
-    products = Products(config.pieces)
-    lanes = value_slice(config, head)
-    erase, write, left, right = (x[head] for x in (numbers.erase, numbers.write, numbers.left, numbers.right))
-    erased = scaled(erase, left)
-    value_CV, state_KV, d_state_KV = r.value[:, lanes].astype(F32), r.states[head], r.d_state[head]
-    d_output_CV = r.d_output[:, lanes]
-    state, d_state = products.split(state_KV), products.split(d_state_KV)
-    inverse, d_output = products.split(r.inverse[head]), products.split(d_output_CV)
+class _Head:
+    """Gradients of one value head in one chunk, in steps."""
 
-    recalled_CV = products.nn(keys.key_pieces, state)
-    update_CV = update_of(products, numbers, head, inverse, value_CV, recalled_CV)
-    update = products.split(update_CV)
-    weights_CC = config.scale * numbers.pairs(head, numbers.reach, keys.scores)
-    d_end_CV = products.nn(keys.key_pieces, d_state)
-    d_update_CV = products.tn(weights_CC, d_output) + scaled(d_end_CV, right)
-    y_CV = products.tn(inverse, d_update_CV)
-    y, d_read = products.split(y_CV), products.split(scaled(config.scale * d_output_CV.astype(F32), left))
+    def __init__(self, config: Config, r, numbers: Numbers, head: int, keys: _Keys):
+        self.config, self.r, self.head, self.keys, self.numbers = config, r, head, keys, numbers
+        self.products = Products(config.pieces)
+        self.lanes = value_slice(config, head)
+        self.erase, self.write, self.left, self.right = (
+            x[head] for x in (numbers.erase, numbers.write, numbers.left, numbers.right)
+        )
+        self.erased = scaled(self.erase, self.left)
 
-    y_state_CK, read_state_CK = products.nt(y, state), products.nt(d_read, state)
-    d_weights_CC, z_CC = products.nt(d_output, update), products.nt(y, update)
-    d_scores = products.split(config.scale * numbers.pairs(head, numbers.reach, d_weights_CC))
-    d_gram_CC = -erase * numbers.pairs(head, numbers.below, z_CC)
-    coupled_CC = numbers.pairs(head, numbers.below, keys.gram * z_CC)
-    keys.add(
-        read_state_CK + products.nn(d_scores, keys.key_pieces),
-        products.tn(d_scores, keys.query_pieces)
-        + products.nn(d_gram_CC + d_gram_CC.T, keys.key_pieces)
-        + products.nt(scaled(update_CV, right), d_state)
-        - erased * y_state_CK,
-    )
-    r.d_value[:, lanes] = (write * y_CV).astype(r.d_value.dtype)
-    before_KV = products.tn(keys.query_pieces, d_read) - products.tn(keys.key_pieces, erased * y_CV)
-    r.d_state[head] = scaled(d_state_KV, numbers.total[head]) + before_KV
+    def read_states(self) -> None:
+        """K S and K dS' in one product; P transposed."""
+        r, width = self.r, self.config.value_dim
+        self.states = [self.products.split(x) for x in (r.states[0, self.head], r.d_state[self.head])]
+        read = self.products.nn(self.keys.key_pieces, beside(*self.states))
+        self.recalled_CV, self.d_end_CV = read[:, :width], read[:, width:]
+        self.d_output_CV = r.d_output[:, self.lanes]
+        self.weights_transposed = self.config.scale * self.numbers.pairs_transposed(
+            self.head, self.keys.scores_transposed
+        )
 
-    recalled_C1 = _row_sum(y_state_CK * keys.key.astype(F32))
-    d_erase_C1, d_write_C1 = -scaled(recalled_C1, left) - _row_sum(coupled_CC), _row_sum(y_CV * value_CV)
-    if config.tied:
-        rows.put("erase", head, d_erase_C1 + d_write_C1)
-    else:
-        rows.put("erase", head, d_erase_C1)
-        rows.put("write", head, d_write_C1)
-    if config.decay:
-        left_C1 = _row_sum(read_state_CK * keys.query.astype(F32)) - erased * recalled_C1
-        end_C1 = right * _row_sum(update_CV * d_end_CV)
-        pairs_CC = d_weights_CC * weights_CC - erase * coupled_CC
-        whole = numbers.total[head] * jnp.sum(_row_sum(state_KV.astype(F32) * d_state_KV), 0, keepdims=True)
-        whole = whole + jnp.sum(end_C1, 0, keepdims=True)
-        lane = lax.broadcasted_iota(jnp.int32, (1, config.chunk), 1)
-        row_1C = jnp.where(lane == config.chunk - 1, whole, 0.0) - jnp.sum(pairs_CC, 0, keepdims=True)
-        rows.put("sums", head, _row_sum(pairs_CC) + left_C1 - end_C1, row_1C)
+    def solve(self) -> None:
+        """U and Y."""
+        products, inverse_CC = self.products, self.r.inverse[0, self.head]
+        self.value_CV = self.r.value[:, self.lanes].astype(F32)
+        self.update_CV = update_of(products, self.numbers, self.head, inverse_CC, self.value_CV, self.recalled_CV)
+        d_update_CV = products.nn(self.weights_transposed, self.d_output_CV) + scaled(self.d_end_CV, self.right)
+        self.y_CV = products.nn(inverse_CC.T, d_update_CV)
+
+    def through_state(self) -> None:
+        """Products with S and U, and the next cotangent of the state."""
+        products, r, size = self.products, self.r, self.config.chunk
+        d_read_CV = scaled(self.config.scale * self.d_output_CV.astype(F32), self.left)
+        y, update = products.split(self.y_CV), products.split(self.update_CV)
+        through_state = products.nt(above(y, products.split(d_read_CV)), self.states[0])
+        self.y_state_CK, self.read_state_CK = through_state[:size], through_state[size:]
+        through_update = products.nt(above(y, products.split(self.d_output_CV)), update)
+        self.z_CC, self.d_weights_CC = through_update[:size], through_update[size:]
+        before = products.split(jnp.concatenate([d_read_CV, -self.erased * self.y_CV], 0))
+        d_state_KV = r.d_state[self.head]
+        if self.config.decay:
+            self.whole = jnp.sum(_row_sum(r.states[0, self.head].astype(F32) * d_state_KV), 0, keepdims=True)
+        r.d_state[self.head] = scaled(d_state_KV, self.numbers.total[self.head]) + products.nn(
+            self.keys.transposed, before
+        )
+        r.d_value[:, self.lanes] = (self.write * self.y_CV).astype(r.d_value.dtype)
+
+    def to_keys(self) -> None:
+        """Gradients of query and key."""
+        products, numbers, keys, size = self.products, self.numbers, self.keys, self.config.chunk
+        d_scores_CC = self.config.scale * numbers.pairs(self.head, numbers.reach, self.d_weights_CC)
+        d_gram_CC = -self.erase * numbers.pairs(self.head, numbers.below, self.z_CC)
+        both = products.split(jnp.concatenate([d_scores_CC, d_gram_CC + d_gram_CC.T], 0))
+        to_key = products.nn(both, keys.key_pieces)
+        keys.add(
+            self.read_state_CK + to_key[:size],
+            to_key[size:]
+            + products.nn(d_scores_CC.T, keys.query_pieces)
+            + products.nt(scaled(self.update_CV, self.right), self.states[1])
+            - self.erased * self.y_state_CK,
+        )
+
+    def numbers_of(self, rows: _Rows) -> None:
+        """Gradients of erase, write and sums of log-decay."""
+        numbers, keys, head = self.numbers, self.keys, self.head
+        coupled_CC = numbers.pairs(head, numbers.below, keys.gram * self.z_CC)
+        recalled_C1 = _row_sum(self.y_state_CK * keys.key.astype(F32))
+        d_erase_C1 = -scaled(recalled_C1, self.left) - _row_sum(coupled_CC)
+        d_write_C1 = _row_sum(self.y_CV * self.value_CV)
+        if self.config.tied:
+            rows.put("erase", head, d_erase_C1 + d_write_C1)
+        else:
+            rows.put("erase", head, d_erase_C1)
+            rows.put("write", head, d_write_C1)
+        if self.config.decay:
+            left_C1 = _row_sum(self.read_state_CK * keys.query.astype(F32)) - self.erased * recalled_C1
+            end_C1 = self.right * _row_sum(self.update_CV * self.d_end_CV)
+            pairs_CC = self.d_weights_CC * self.weights_transposed.T - self.erase * coupled_CC
+            whole = numbers.total[head] * self.whole + jnp.sum(end_C1, 0, keepdims=True)
+            lane = lax.broadcasted_iota(jnp.int32, (1, self.config.chunk), 1)
+            row_1C = jnp.where(lane == self.config.chunk - 1, whole, 0.0) - jnp.sum(pairs_CC, 0, keepdims=True)
+            rows.put("sums", head, _row_sum(pairs_CC) + left_C1 - end_C1, row_1C)

@@ -7,9 +7,10 @@ import jax.numpy as jnp
 
 
 class Config(NamedTuple):
-    """Static choices of one kernel. A grid step takes one chunk of `key_heads` key heads and their value heads."""
+    """Static choices of one kernel. A grid step takes `span` chunks of `key_heads` key heads and their value heads."""
 
     chunk: int
+    span: int
     key_heads: int
     group: int  # value heads that share a key head
     key_dim: int

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from pallas_kernels.tpu.config import Config, key_slice, like, value_slice
 from pallas_kernels.tpu.inverse import unit_lower_inverses
 from pallas_kernels.tpu.numbers import Numbers, read_numbers, scaled
-from pallas_kernels.tpu.products import F32, Products
+from pallas_kernels.tpu.products import F32, Products, above
 
 
 def forward(config: Config, query, key, value, numbers, initial, *, save: bool) -> dict[str, jax.Array]:
@@ -42,7 +42,7 @@ def forward(config: Config, query, key, value, numbers, initial, *, save: bool) 
     names = (*inputs, *shapes, "state")
     out = pl.pallas_call(
         lambda *refs: _step(config, SimpleNamespace(**dict(zip(names, refs, strict=True)))),
-        grid=(batch, groups, chunks),
+        grid=(batch, groups, chunks // config.span),
         in_specs=[specs[name] for name in inputs],
         out_specs=[specs[name] for name in shapes],
         out_shape=list(shapes.values()),
@@ -55,12 +55,12 @@ def forward(config: Config, query, key, value, numbers, initial, *, save: bool) 
 
 def block_specs(config: Config, place) -> dict[str, pl.BlockSpec]:
     """How a grid step (b, g, n) sees the arrays; place(n) is its chunk."""
-    size, heads = config.chunk, config.heads
+    size, heads, span = config.chunk, config.heads, config.span
     state = (config.key_dim, config.value_dim)
-    tokens = lambda width: pl.BlockSpec((None, size, width), lambda b, g, n: (b, place(n), g))
+    tokens = lambda width: pl.BlockSpec((None, span * size, width), lambda b, g, n: (b, place(n), g))
     whole = pl.BlockSpec((None, heads, *state), lambda b, g, n: (b, g, 0, 0))
-    per_chunk = lambda *shape: pl.BlockSpec((None, None, heads, *shape), lambda b, g, n: (b, place(n), g, 0, 0))
-    rows = lambda count: pl.BlockSpec((None, None, None, count, size), lambda b, g, n: (b, g, place(n), 0, 0))
+    per_chunk = lambda *shape: pl.BlockSpec((None, span, heads, *shape), lambda b, g, n: (b, place(n), g, 0, 0))
+    rows = lambda count: pl.BlockSpec((None, None, span, count, size), lambda b, g, n: (b, g, place(n), 0, 0))
     keys, values = tokens(config.key_heads * config.key_dim), tokens(heads * config.value_dim)
     return dict(
         query=keys, key=keys, value=values, output=values, numbers=rows(config.row_count), initial=whole, final=whole,
@@ -76,20 +76,17 @@ def _step(config: Config, r) -> None:
     def _():
         r.state[...] = r.initial[...] if hasattr(r, "initial") else jnp.zeros_like(r.state)
 
-    products = Products(config.pieces)
-    numbers = read_numbers(config, r.numbers)
-    keys = [products.split(r.key[:, key_slice(config, head)]) for head in range(config.key_heads)]
-    queries = [products.split(r.query[:, key_slice(config, head)]) for head in range(config.key_heads)]
-    grams = [products.nt(key, key) for key in keys]
-    scores = [products.nt(query, key) for query, key in zip(queries, keys, strict=True)]
-    lowers = [
-        numbers.pairs(head, numbers.below, grams[head // config.group]) * numbers.erase[head]
-        for head in range(config.heads)
-    ]
-    inverses = unit_lower_inverses(products, lowers)
-    for head in range(config.heads):
-        shared = head // config.group
-        _head(config, r, numbers, head, queries[shared], keys[shared], scores[shared], inverses[head])
+    parts = [_Part(config, r, part) for part in range(config.span)]
+    parts[0].read_states()
+    # The inverses of all parts at once, and every step for all heads before the next one: the compiler fills the time
+    # that one product takes with what stands beside it in the program.
+    inverses = unit_lower_inverses(Products(config.pieces), [lower for part in parts for lower in part.lowers])
+    for part in parts:
+        if part is not parts[0]:
+            part.read_states()
+        part.update(inverses[: config.heads])
+        inverses = inverses[config.heads :]
+        part.write()
 
     @pl.when(n == pl.num_programs(2) - 1)
     def _():
@@ -102,18 +99,73 @@ def update_of(products, numbers: Numbers, head, inverse, value_CV, recalled_CV):
     return products.nn(inverse, write - scaled(recalled_CV, numbers.erase[head], numbers.left[head]))
 
 
-def _head(config: Config, r, numbers: Numbers, head: int, query, key, scores_CC, inverse_CC) -> None:
-    """Output and next state of one value head."""
-    products = Products(config.pieces)
-    columns = value_slice(config, head)
-    state_KV = r.state[head]
-    if hasattr(r, "states"):
-        r.states[head] = state_KV.astype(r.states.dtype)
-        r.inverse[head] = inverse_CC.astype(r.inverse.dtype)
-    state = products.split(state_KV)
-    update_CV = update_of(products, numbers, head, inverse_CC, r.value[:, columns], products.nn(key, state))
-    weights_CC = numbers.pairs(head, numbers.reach, scores_CC)
-    output_CV = scaled(products.nn(query, state), numbers.left[head]) + products.nn(weights_CC, update_CV)
-    r.output[:, columns] = (config.scale * output_CV).astype(r.output.dtype)
-    carried_KV = scaled(state_KV, numbers.total[head])
-    r.state[head] = carried_KV + products.tn(key, scaled(update_CV, numbers.right[head]))
+class _Keys:
+    """What the value heads of one key head share."""
+
+    def __init__(self, config: Config, key, query):
+        products = Products(config.pieces)
+        size = config.chunk
+        self.transposed = products.split(key.T)
+        self.both = products.split(jnp.concatenate([key, query], 0))  # one product for both: its weights load once
+        scores = products.nn(self.both, self.transposed)
+        self.gram, self.scores = scores[:size], scores[size:]
+
+
+class _Part:
+    """One chunk of the `span` chunks of a grid step: outputs and next states of its value heads, in steps."""
+
+    def __init__(self, config: Config, r, part: int):
+        self.config, self.r, self.part = config, r, part
+        self.rows = slice(part * config.chunk, (part + 1) * config.chunk)
+        self.products = Products(config.pieces)
+        self.numbers = numbers = read_numbers(config, r.numbers.at[part])
+        lanes = [key_slice(config, head) for head in range(config.key_heads)]
+        self.keys = [_Keys(config, r.key[self.rows, lane], r.query[self.rows, lane]) for lane in lanes]
+        self.lowers = [
+            numbers.pairs(head, numbers.below, self._keys(head).gram) * numbers.erase[head]
+            for head in range(config.heads)
+        ]
+
+    def _keys(self, head: int) -> _Keys:
+        return self.keys[head // self.config.group]
+
+    def read_states(self) -> None:
+        r, size = self.r, self.config.chunk
+        self.recalled, self.read = [], []
+        for head in range(self.config.heads):
+            state_KV = r.state[head]
+            if hasattr(r, "states"):
+                r.states[self.part, head] = state_KV.astype(r.states.dtype)
+            read = self.products.nn(self._keys(head).both, state_KV)
+            self.recalled.append(read[:size])
+            self.read.append(read[size:])
+
+    def update(self, inverses) -> None:
+        self.updates = []
+        for head, inverse_CC in enumerate(inverses):
+            if hasattr(self.r, "inverse"):
+                self.r.inverse[self.part, head] = inverse_CC.astype(self.r.inverse.dtype)
+            value_CV = self.r.value[self.rows, value_slice(self.config, head)]
+            self.updates.append(
+                update_of(self.products, self.numbers, head, inverse_CC, value_CV, self.recalled[head])
+            )
+
+    def write(self) -> None:
+        r, numbers = self.r, self.numbers
+        for head, update_CV in enumerate(self.updates):
+            within_CV, added_KV = self._applied(head, update_CV)
+            output_CV = scaled(self.read[head], numbers.left[head]) + within_CV
+            columns = value_slice(self.config, head)
+            r.output[self.rows, columns] = (self.config.scale * output_CV).astype(r.output.dtype)
+            r.state[head] = scaled(r.state[head], numbers.total[head]) + added_KV
+
+    def _applied(self, head: int, update_CV):
+        """tril(D ∘ Q Kᵀ) U and Kᵀ (e∘U); where e is 1, in one product, whose weights load once."""
+        products, numbers, size = self.products, self.numbers, self.config.chunk
+        keys = self._keys(head)
+        weights = products.split(numbers.pairs(head, numbers.reach, keys.scores))
+        if numbers.right[head] is None:
+            applied = products.nn(above(weights, keys.transposed), update_CV)
+            return applied[:size], applied[size:]
+        added_KV = products.nn(keys.transposed, scaled(update_CV, numbers.right[head]))
+        return products.nn(weights, update_CV), added_KV

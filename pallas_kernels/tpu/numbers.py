@@ -20,6 +20,7 @@ class Numbers(NamedTuple):
     sums: list[tuple[jax.Array, jax.Array] | None]  # of log-decay, as column and as row [1, C]
     reach: jax.Array  # [C, C] bool: j ≤ i in one document
     below: jax.Array  # [C, C] bool: j < i in one document
+    reached: jax.Array  # [C, C] bool: reach transposed
 
     def pairs(self, head: int, mask: jax.Array, scores_CC: jax.Array) -> jax.Array:
         """scores times the decay between tokens, where mask (reach or below) holds, else 0."""
@@ -29,6 +30,14 @@ class Numbers(NamedTuple):
         column, row = sums
         # masked before the exponential, which may overflow above the diagonal
         return scores_CC * jnp.exp(jnp.where(mask, column - row, -jnp.inf))
+
+    def pairs_transposed(self, head: int, scores_CC: jax.Array) -> jax.Array:
+        """The same within reach for scores whose rows are the earlier tokens."""
+        sums = self.sums[head]
+        if sums is None:
+            return jnp.where(self.reached, scores_CC, 0.0)
+        column, row = sums
+        return scores_CC * jnp.exp(jnp.where(self.reached, row - column, -jnp.inf))
 
 
 def scaled(x: jax.Array, *columns: jax.Array | None) -> jax.Array:
@@ -44,7 +53,7 @@ def read_numbers(config: Config, numbers_ref) -> Numbers:
     heads, size = config.heads, config.chunk
     rows = {name: numbers_ref[where, :] for name, where in config.rows.items()}
     i, j = (lax.broadcasted_iota(jnp.int32, (size, size), axis) for axis in (0, 1))
-    reach, below = i >= j, i > j
+    reach, below, reached = i >= j, i > j, i <= j
     columns = lambda x: [x.T[:, h : h + 1] for h in range(heads)]
     nothing = [None] * heads
     first = last = None
@@ -52,7 +61,7 @@ def read_numbers(config: Config, numbers_ref) -> Numbers:
         document_1C = rows["document"]
         document_C1 = document_1C.T
         same = document_C1 == document_1C
-        reach, below = reach & same, below & same
+        reach, below, reached = reach & same, below & same, reached & same
         first, last = document_1C == 0, document_1C == document_1C[:, size - 1 :]
     left_HC = right_HC = None
     if config.decay:
@@ -75,4 +84,5 @@ def read_numbers(config: Config, numbers_ref) -> Numbers:
         sums=sums,
         reach=reach,
         below=below,
+        reached=reached,
     )

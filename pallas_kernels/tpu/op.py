@@ -70,7 +70,7 @@ def forward(
         call = _Call(query, key, value, write, log_decay, documents, scale, chunk_size, precision)
         numbers = call.numbers(erase, write, log_decay, documents)
         tokens = (call.flat(x) for x in (query, key, value))
-        out = forward_kernel(call.config, *tokens, numbers, call.padded_state(initial_state), save=save)
+        out = forward_kernel(call.forward_config, *tokens, numbers, call.padded_state(initial_state), save=save)
         residuals = (out["states"], out["inverse"]) if save else ()
         return call.whole(out["output"], value), call.state(out["final"]), residuals
 
@@ -127,12 +127,13 @@ class _Call:
             dims = tuple(-(-dim // plan.LANES) * plan.LANES for dim in dims)
             together = plan.key_heads_of(key_heads, group, *dims) or 1
         self.config = Config(
-            chunk=plan.chunk_of(self.length, chunk_size), key_heads=together, group=group, key_dim=dims[0],
+            chunk=plan.chunk_of(self.length, chunk_size), span=1, key_heads=together, group=group, key_dim=dims[0],
             value_dim=dims[1], scale=scale, pieces=pieces_of(key.dtype, precision), tied=write is None,
             decay=log_decay is not None, documents=documents is not None,
         )  # fmt: skip
         self.groups = key_heads // together
         self.chunks = -(-self.length // self.config.chunk)
+        self.forward_config = self.config._replace(span=2 if self.chunks % 2 == 0 else 1)
 
     @property
     def missing(self) -> int:

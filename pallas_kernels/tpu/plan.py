@@ -4,7 +4,7 @@ from pallas_kernels.tpu.config import Config
 
 CHUNKS = (64, 128, 256)
 LANES = 128
-MOST_HEADS = 4  # value heads of a step: enough to fill the units while one head waits for its own results
+MOST_HEADS = 8  # value heads of a step: enough to fill the units while one head waits for its own results
 
 
 def chunk_of(length: int, chunk_size: int | None) -> int:

@@ -35,6 +35,23 @@ def split(x: jax.Array | Pieces, count: int) -> Pieces:
     return Pieces((*parts, x.astype(BF16)))
 
 
+def _joined(axis: int, *matrices: Pieces) -> Pieces:
+    """Matrices side by side; one with fewer pieces than another has zeros for the rest."""
+    count = max(len(x.parts) for x in matrices)
+    rows = [x.parts + (jnp.zeros_like(x.parts[0]),) * (count - len(x.parts)) for x in matrices]
+    return Pieces(tuple(jnp.concatenate(parts, axis) for parts in zip(*rows, strict=True)))
+
+
+def above(*matrices: Pieces) -> Pieces:
+    """The matrices one above the other: a product with them loads the other operand once."""
+    return _joined(0, *matrices)
+
+
+def beside(*matrices: Pieces) -> Pieces:
+    """The matrices side by side."""
+    return _joined(1, *matrices)
+
+
 class Products(NamedTuple):
     """Products of matrices that are given as arrays or as pieces, summed in float32."""
 
