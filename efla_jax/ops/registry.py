@@ -20,6 +20,7 @@ from efla_jax.ops.kernels import implementation, step_implementation
 from efla_jax.ops.scan import scan_delta_rule, single_step
 from pallas_kernels import hopper, tpu, triton
 from pallas_kernels.hopper import decode
+from pallas_kernels.tpu import decode as tpu_decode
 
 # The order in which None tries them; all names that a caller may use.
 NAMES = ("pallas_gpu", "triton", "pallas_tpu", "xla", "scan")
@@ -123,6 +124,12 @@ STEPS: dict[str, Implementation] = {
         lambda call: decode.unsupported(call.dtypes, call.key_dim, call.value_dim),
         _hopper_absent,
         "gpu",
+    ),
+    "pallas_tpu": Implementation(
+        step_implementation(tpu_decode.decode, single_step, "tpu", lambda: tpu.absent() is None, tpu.NO_DEVICE),
+        lambda call: tpu_decode.unsupported(call.dtypes, call.key_dim, call.value_dim),
+        tpu.absent,
+        "tpu",
     ),
     "xla": Implementation(single_step, lambda call: None),
     "scan": Implementation(single_step, lambda call: None),

@@ -18,6 +18,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from pallas_kernels.tpu.config import Config, key_slice, like, value_slice
+from pallas_kernels.tpu.cost import backward_cost
 from pallas_kernels.tpu.forward import block_specs, update_of
 from pallas_kernels.tpu.numbers import Numbers, read_numbers, scaled
 from pallas_kernels.tpu.products import F32, Products, above, beside
@@ -52,6 +53,9 @@ def backward(config: Config, query, key, value, numbers, states, inverse, d_outp
         out_shape=list(shapes.values()),
         scratch_shapes=[pltpu.VMEM((config.heads, config.key_dim, config.value_dim), F32)],
         compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "parallel", "arbitrary")),
+        cost_estimate=backward_cost(
+            config, batch * groups * chunks, [*inputs.values(), *shapes.values()], key.dtype == jnp.bfloat16
+        ),
         name="efla_backward",
     )(*inputs.values())
     return dict(zip(shapes, out, strict=True))
@@ -185,7 +189,8 @@ class _Head:
         """Gradients of query and key."""
         products, numbers, keys, size = self.products, self.numbers, self.keys, self.config.chunk
         d_scores_CC = self.config.scale * numbers.pairs(self.head, numbers.reach, self.d_weights_CC)
-        d_gram_CC = -self.erase * numbers.pairs(self.head, numbers.below, self.z_CC)
+        self.z_below_CC = numbers.pairs(self.head, numbers.below, self.z_CC)
+        d_gram_CC = -self.erase * self.z_below_CC
         both = products.split(jnp.concatenate([d_scores_CC, d_gram_CC + d_gram_CC.T], 0))
         to_key = products.nn(both, keys.key_pieces)
         keys.add(
@@ -199,7 +204,7 @@ class _Head:
     def numbers_of(self, rows: _Rows) -> None:
         """Gradients of erase, write and sums of log-decay."""
         numbers, keys, head = self.numbers, self.keys, self.head
-        coupled_CC = numbers.pairs(head, numbers.below, keys.gram * self.z_CC)
+        coupled_CC = keys.gram * self.z_below_CC
         recalled_C1 = _row_sum(self.y_state_CK * keys.key.astype(F32))
         d_erase_C1 = -scaled(recalled_C1, self.left) - _row_sum(coupled_CC)
         d_write_C1 = _row_sum(self.y_CV * self.value_CV)

@@ -12,6 +12,7 @@ import jax.experimental.pallas.tpu as pltpu
 import jax.numpy as jnp
 
 from pallas_kernels.tpu.config import Config, key_slice, like, value_slice
+from pallas_kernels.tpu.cost import forward_cost
 from pallas_kernels.tpu.inverse import unit_lower_inverses
 from pallas_kernels.tpu.numbers import Numbers, read_numbers, scaled
 from pallas_kernels.tpu.products import F32, Products, above
@@ -48,6 +49,9 @@ def forward(config: Config, query, key, value, numbers, initial, *, save: bool) 
         out_shape=list(shapes.values()),
         scratch_shapes=[pltpu.VMEM((config.heads, *state), F32)],
         compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "parallel", "arbitrary")),
+        cost_estimate=forward_cost(
+            config, batch * groups * chunks, [*inputs.values(), *shapes.values()], key.dtype == jnp.bfloat16
+        ),
         name="efla_forward",
     )(*inputs.values())
     return dict(zip(shapes, out, strict=True))
