@@ -93,6 +93,13 @@ def _triton_unsupported(call: Call) -> str | None:
     return _precision_unsupported(call) or declined or triton.missing()
 
 
+def _tpu_unsupported(call: Call) -> str | None:
+    return tpu.unsupported(
+        call.dtypes, call.key_heads, call.heads, call.length, call.key_dim, call.value_dim, call.chunk_size,
+        call.precision,
+    )  # fmt: skip
+
+
 REGISTRY: dict[str, Implementation] = {
     "pallas_gpu": Implementation(
         implementation(hopper.forward, hopper.backward, "cuda", lambda: _hopper_absent() is None, _NO_HOPPER),
@@ -109,7 +116,7 @@ REGISTRY: dict[str, Implementation] = {
     ),
     "pallas_tpu": Implementation(
         implementation(tpu.forward, tpu.backward, "tpu", lambda: tpu.absent() is None, tpu.NO_DEVICE, choices=True),
-        lambda call: tpu.unsupported(call.dtypes, call.key_dim, call.value_dim, call.chunk_size),
+        _tpu_unsupported,
         tpu.absent,
         "tpu",
     ),

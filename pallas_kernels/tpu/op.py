@@ -23,7 +23,7 @@ PIECES = {
 }
 
 
-def unsupported(dtypes, key_dim, value_dim, chunk_size):
+def unsupported(dtypes, key_heads, heads, length, key_dim, value_dim, chunk_size, precision):
     """Why the kernels cannot serve a call of this kind, or None."""
     if len(set(dtypes)) > 1 or dtypes[0] not in DTYPES:
         names = ", ".join(jnp.dtype(dtype).name for dtype in dtypes)
@@ -32,6 +32,14 @@ def unsupported(dtypes, key_dim, value_dim, chunk_size):
         return f"K={key_dim} and V={value_dim}; the kernels take at most {LARGEST} of both"
     if chunk_size not in (None, *plan.CHUNKS):
         return f"chunk_size={chunk_size}; the kernels' chunks are of {', '.join(map(str, plan.CHUNKS))} tokens"
+    chunk = plan.chunk_of(length, chunk_size)
+    wide = pieces_of(dtypes[0], precision) > 1 or dtypes[0] == jnp.float32
+    sizes = plan.Sizes(chunk, key_heads, heads // key_heads, key_dim, value_dim, wide)
+    if plan.fitted(sizes) is None:
+        return (
+            f"Hk={key_heads}, H={heads}, K={key_dim}, V={value_dim} in chunks of {chunk} tokens; the fewest heads that "
+            f"a step of the kernels can take would need more than {plan.VMEM >> 20} MiB of VMEM"
+        )
     return None
 
 
@@ -67,10 +75,10 @@ def forward(
         chunk_size: 64, 128, 256 or None. precision: of the products, `jax.lax.Precision` or None.
     """
     with jax.enable_x64(False):  # indices are 32 bits wide, also where a program has enabled x64
-        call = _Call(query, key, value, write, log_decay, documents, scale, chunk_size, precision)
+        call = _Call("forward", query, key, value, write, log_decay, documents, scale, chunk_size, precision)
         numbers = call.numbers(erase, write, log_decay, documents)
         tokens = (call.flat(x) for x in (query, key, value))
-        out = forward_kernel(call.forward_config, *tokens, numbers, call.padded_state(initial_state), save=save)
+        out = forward_kernel(call.config, *tokens, numbers, call.padded_state(initial_state), save=save)
         residuals = (out["states"], out["inverse"]) if save else ()
         return call.whole(out["output"], value), call.state(out["final"]), residuals
 
@@ -94,7 +102,7 @@ def backward(
 ):
     """Gradients of the eight inputs of `forward` but documents, in order; None where the input is None."""
     with jax.enable_x64(False):
-        call = _Call(query, key, value, write, log_decay, documents, scale, chunk_size, precision)
+        call = _Call("backward", query, key, value, write, log_decay, documents, scale, chunk_size, precision)
         numbers = call.numbers(erase, write, log_decay, documents)
         tokens = (call.flat(x) for x in (query, key, value))
         cotangents = call.flat(d_output.astype(value.dtype)), call.padded_state(d_state)
@@ -102,7 +110,7 @@ def backward(
         d_write = None if write is None else call.per_token(out["d_numbers"], "write")
         d_log_decay = None
         if log_decay is not None:
-            d_log_decay = call.summed_back(call.per_token(out["d_numbers"], "sums"), documents)
+            d_log_decay = call.summed_back(call.padded_tokens(out["d_numbers"], "sums"), documents)
         return (
             call.whole(out["d_query"], query),
             call.whole(out["d_key"], key),
@@ -115,25 +123,24 @@ def backward(
 
 
 class _Call:
-    """Sizes of one call, and the ways between the op's arrays and the kernels'."""
+    """Sizes of one call in one direction, and the ways between the op's arrays and the kernel's."""
 
-    def __init__(self, query, key, value, write, log_decay, documents, scale, chunk_size, precision):
+    def __init__(self, direction, query, key, value, write, log_decay, documents, scale, chunk_size, precision):
         self.batch, self.length, key_heads, self.key_dim = key.shape
         self.heads, self.value_dim = value.shape[2:]
-        dims = plan.padded_dim(self.key_dim), plan.padded_dim(self.value_dim)
-        group = self.heads // key_heads
-        together = plan.key_heads_of(key_heads, group, *dims)
-        if together is None:
-            dims = tuple(-(-dim // plan.LANES) * plan.LANES for dim in dims)
-            together = plan.key_heads_of(key_heads, group, *dims) or 1
+        chunk, pieces = plan.chunk_of(self.length, chunk_size), pieces_of(key.dtype, precision)
+        self.chunks = -(-self.length // chunk)
+        wide = pieces > 1 or key.dtype == jnp.float32
+        sizes = plan.Sizes(chunk, key_heads, self.heads // key_heads, self.key_dim, self.value_dim, wide)
+        sizes = plan.fitted(sizes)
+        step = None if sizes is None else plan.step_of(direction, sizes, self.chunks)
+        assert step is not None, "what does not fit was declined"
+        self.groups = key_heads // step.key_heads
         self.config = Config(
-            chunk=plan.chunk_of(self.length, chunk_size), span=1, key_heads=together, group=group, key_dim=dims[0],
-            value_dim=dims[1], scale=scale, pieces=pieces_of(key.dtype, precision), tied=write is None,
-            decay=log_decay is not None, documents=documents is not None,
+            chunk=chunk, span=step.span, key_heads=step.key_heads, group=sizes.group, key_dim=sizes.key_dim,
+            value_dim=sizes.value_dim, scale=scale, pieces=pieces, tied=write is None, decay=log_decay is not None,
+            documents=documents is not None,
         )  # fmt: skip
-        self.groups = key_heads // together
-        self.chunks = -(-self.length // self.config.chunk)
-        self.forward_config = self.config._replace(span=2 if self.chunks % 2 == 0 else 1)
 
     @property
     def missing(self) -> int:
@@ -194,13 +201,18 @@ class _Call:
             rows.append(jnp.broadcast_to(relative, (*relative.shape[:3], self.groups, 1)))
         return jnp.concatenate(rows, -1).transpose(0, 3, 1, 4, 2)
 
+    def padded_tokens(self, numbers, name):
+        """The rows of that name as [B, N·C, H]."""
+        x = numbers[..., self.config.rows[name], :].transpose(0, 2, 4, 1, 3)
+        return x.reshape(self.batch, -1, self.heads)
+
     def per_token(self, numbers, name):
         """The rows of that name as [B, T, H]."""
-        x = numbers[..., self.config.rows[name], :].transpose(0, 2, 4, 1, 3)
-        return x.reshape(self.batch, -1, self.heads)[:, : self.length]
+        return self.padded_tokens(numbers, name)[:, : self.length]
 
     def summed_back(self, d_sums, documents):
-        """Cotangent of log-decays from that of their sums: each collects what lies behind it in chunk and document."""
-        d_sums = self._chunked(d_sums)[:, :, :, None]
+        """Cotangent of log-decays from that of their sums [B, N·C, H]: each collects what lies behind it in chunk and
+        document, padding too, where the last sum counts for the state."""
+        d_sums = d_sums.reshape(self.batch, self.chunks, self.config.chunk, 1, self.heads)
         gathered = jnp.sum(jnp.where(self._reach(documents)[..., None], d_sums, 0), 2)
         return gathered.reshape(self.batch, -1, self.heads)[:, : self.length]

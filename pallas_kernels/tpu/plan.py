@@ -1,10 +1,32 @@
-"""How a call is cut: tokens of a chunk, heads of a grid step."""
+"""How a call is cut: tokens of a chunk, heads and chunks of a grid step.
 
-from pallas_kernels.tpu.config import Config
+The more heads a step has, the more there is to do while a product is on its way; what they need must fit into VMEM.
+"""
+
+from typing import NamedTuple
 
 CHUNKS = (64, 128, 256)
 LANES = 128
-MOST_HEADS = 8  # value heads of a step: enough to fill the units while one head waits for its own results
+MOST_HEADS = 8  # value heads of a step: with more, nothing is gained
+VMEM = 15 << 20  # bytes that a step may need by `vmem`; TPU v4 has 16 MiB
+
+
+class Step(NamedTuple):
+    """A grid step: key heads with all their value heads, and chunks one after the other."""
+
+    key_heads: int
+    span: int
+
+
+class Sizes(NamedTuple):
+    """What a step is planned for; K and V padded."""
+
+    chunk: int
+    key_heads: int
+    group: int
+    key_dim: int
+    value_dim: int
+    wide: bool  # float32 inputs or several pieces
 
 
 def chunk_of(length: int, chunk_size: int | None) -> int:
@@ -12,22 +34,51 @@ def chunk_of(length: int, chunk_size: int | None) -> int:
     return chunk_size or (64 if length <= 64 else 128)
 
 
-def padded_dim(dim: int) -> int:
-    return -(-dim // 64) * 64
+def padded(dim: int, multiple: int) -> int:
+    return -(-dim // multiple) * multiple
 
 
-def key_heads_of(key_heads: int, group: int, key_dim: int, value_dim: int) -> int | None:
-    """Key heads of a step, or None where no number of them fits.
+def vmem(direction: str, sizes: Sizes, heads: int, span: int) -> int:
+    """Bytes of VMEM of a step of so many value heads, fitted to what the compiler reports for v4.
 
-    Lanes of a block are a multiple of 128 or all there are. As many as MOST_HEADS allows, else as few as fit.
+    Matrices [C, C], [C, D] and [K, V] that a head has at the same time, blocks in flight among them.
     """
-    fits = lambda count, heads, dim: count * dim % LANES == 0 or count == heads
+    squares, rows, states = (3, 29, 3) if direction == "backward" else (5, 12, 5)
+    c, k, v = sizes.chunk, sizes.key_dim, sizes.value_dim
+    numbers = squares * c * c + rows * c * (k + v) // 2 + states * k * v
+    return heads * span * numbers * (4 if sizes.wide else 3)
+
+
+def step_of(direction: str, sizes: Sizes, chunks: int) -> Step | None:
+    """The step with the most heads, then the most chunks, that fits; None where none does.
+
+    The lanes of a block are a multiple of 128 or all there are. Two chunks are for the forward kernel only, whose
+    inverses do not wait for each other.
+    """
+    whole = lambda count, heads, dim: count * dim % LANES == 0 or count == heads
     counts = [
         count
-        for count in range(1, key_heads + 1)
-        if key_heads % count == 0
-        and fits(count, key_heads, key_dim)
-        and fits(count * group, key_heads * group, value_dim)
+        for count in range(1, sizes.key_heads + 1)
+        if sizes.key_heads % count == 0
+        and whole(count, sizes.key_heads, sizes.key_dim)
+        and whole(count * sizes.group, sizes.key_heads * sizes.group, sizes.value_dim)
     ]
-    few = [count for count in counts if count * group <= MOST_HEADS]
-    return max(few) if few else min(counts) if counts and min(counts) * group <= 4 * MOST_HEADS else None
+    counts = [count for count in counts if count * sizes.group <= MOST_HEADS or count == min(counts)]
+    spans = (2, 1) if direction == "forward" and chunks % 2 == 0 else (1,)
+    for count in sorted(counts, reverse=True):
+        for span in spans:
+            if vmem(direction, sizes, count * sizes.group, span) <= VMEM:
+                return Step(count, span)
+    return None
+
+
+def fitted(sizes: Sizes) -> Sizes | None:
+    """sizes with K and V padded to multiples of 64, or of 128 where heads cannot be put together otherwise; None where
+    neither kernel's smallest step fits."""
+    for multiple in (64, LANES):
+        found = sizes._replace(
+            key_dim=padded(sizes.key_dim, multiple), value_dim=padded(sizes.value_dim, multiple)
+        )
+        if step_of("forward", found, 1) and step_of("backward", found, 1):
+            return found
+    return None
