@@ -32,13 +32,12 @@ def unsupported(dtypes, key_heads, heads, length, key_dim, value_dim, chunk_size
         return f"K={key_dim} and V={value_dim}; the kernels take at most {LARGEST} of both"
     if chunk_size not in (None, *plan.CHUNKS):
         return f"chunk_size={chunk_size}; the kernels' chunks are of {', '.join(map(str, plan.CHUNKS))} tokens"
-    chunk = plan.chunk_of(length, chunk_size)
     wide = pieces_of(dtypes[0], precision) > 1 or dtypes[0] == jnp.float32
-    sizes = plan.Sizes(chunk, key_heads, heads // key_heads, key_dim, value_dim, wide)
-    if plan.fitted(sizes) is None:
+    sizes = plan.Sizes(key_heads, heads // key_heads, key_dim, value_dim, wide)
+    if plan.fitted(sizes, length, chunk_size) is None:
         return (
-            f"Hk={key_heads}, H={heads}, K={key_dim}, V={value_dim} in chunks of {chunk} tokens; the fewest heads that "
-            f"a step of the kernels can take would need more than {plan.VMEM >> 20} MiB of VMEM"
+            f"Hk={key_heads}, H={heads}, K={key_dim}, V={value_dim}; the fewest heads that a step of the kernels can "
+            f"take would need more than {plan.VMEM >> 20} MiB of VMEM"
         )
     return None
 
@@ -128,16 +127,17 @@ class _Call:
     def __init__(self, direction, query, key, value, write, log_decay, documents, scale, chunk_size, precision):
         self.batch, self.length, key_heads, self.key_dim = key.shape
         self.heads, self.value_dim = value.shape[2:]
-        chunk, pieces = plan.chunk_of(self.length, chunk_size), pieces_of(key.dtype, precision)
-        self.chunks = -(-self.length // chunk)
+        pieces = pieces_of(key.dtype, precision)
         wide = pieces > 1 or key.dtype == jnp.float32
-        sizes = plan.Sizes(chunk, key_heads, self.heads // key_heads, self.key_dim, self.value_dim, wide)
-        sizes = plan.fitted(sizes)
-        step = None if sizes is None else plan.step_of(direction, sizes, self.chunks)
-        assert step is not None, "what does not fit was declined"
+        sizes = plan.Sizes(key_heads, self.heads // key_heads, self.key_dim, self.value_dim, wide)
+        sizes = plan.fitted(sizes, self.length, chunk_size)
+        assert sizes is not None, "what does not fit was declined"
+        self.chunks = -(-self.length // sizes.chunk)
+        step = plan.step_of(direction, sizes, self.chunks)
+        assert step is not None
         self.groups = key_heads // step.key_heads
         self.config = Config(
-            chunk=chunk, span=step.span, key_heads=step.key_heads, group=sizes.group, key_dim=sizes.key_dim,
+            chunk=sizes.chunk, span=step.span, key_heads=step.key_heads, group=sizes.group, key_dim=sizes.key_dim,
             value_dim=sizes.value_dim, scale=scale, pieces=pieces, tied=write is None, decay=log_decay is not None,
             documents=documents is not None,
         )  # fmt: skip

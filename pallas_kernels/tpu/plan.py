@@ -3,12 +3,13 @@
 The more heads a step has, the more there is to do while a product is on its way; what they need must fit into VMEM.
 """
 
+from itertools import product
 from typing import NamedTuple
 
 CHUNKS = (64, 128, 256)
 LANES = 128
 MOST_HEADS = 8  # value heads of a step: with more, nothing is gained
-VMEM = 15 << 20  # bytes that a step may need by `vmem`; TPU v4 has 16 MiB
+VMEM = 14 << 20  # bytes that a step may need by `vmem`; TPU v4 has 16 MiB
 
 
 class Step(NamedTuple):
@@ -21,17 +22,12 @@ class Step(NamedTuple):
 class Sizes(NamedTuple):
     """What a step is planned for; K and V padded."""
 
-    chunk: int
     key_heads: int
     group: int
     key_dim: int
     value_dim: int
     wide: bool  # float32 inputs or several pieces
-
-
-def chunk_of(length: int, chunk_size: int | None) -> int:
-    """Tokens of a chunk: as asked for, else 128, or 64 where a row is no longer."""
-    return chunk_size or (64 if length <= 64 else 128)
+    chunk: int = 0
 
 
 def padded(dim: int, multiple: int) -> int:
@@ -72,13 +68,16 @@ def step_of(direction: str, sizes: Sizes, chunks: int) -> Step | None:
     return None
 
 
-def fitted(sizes: Sizes) -> Sizes | None:
-    """sizes with K and V padded to multiples of 64, or of 128 where heads cannot be put together otherwise; None where
-    neither kernel's smallest step fits."""
-    for multiple in (64, LANES):
-        found = sizes._replace(
-            key_dim=padded(sizes.key_dim, multiple), value_dim=padded(sizes.value_dim, multiple)
-        )
+def fitted(sizes: Sizes, length: int, chunk_size: int | None) -> Sizes | None:
+    """The chunk, and K and V padded to multiples of 64, or of 128 where heads cannot be put together otherwise.
+
+    Tokens of a chunk are what was asked for, else 128, or 64 where a row is no longer or no step of 128 fits. None
+    where neither kernel's smallest step fits.
+    """
+    chunks = (chunk_size,) if chunk_size else (64,) if length <= 64 else (128, 64)
+    for chunk, multiple in product(chunks, (64, LANES)):
+        dims = dict(key_dim=padded(sizes.key_dim, multiple), value_dim=padded(sizes.value_dim, multiple))
+        found = sizes._replace(chunk=chunk, **dims)
         if step_of("forward", found, 1) and step_of("backward", found, 1):
             return found
     return None
