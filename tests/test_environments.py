@@ -9,7 +9,7 @@ import pytest
 from packaging.requirements import Requirement
 
 ROOT = Path(__file__).parents[1]
-NAMES = ("gpu-compile", "jax-next")
+NAMES = ("gpu-compile", "tpu-compile", "jax-next")
 
 
 def entries(path: Path) -> dict[str, str]:
@@ -46,7 +46,8 @@ def test_lock_holds_what_is_asked_for_and_no_address(name):
 def test_kernels_are_compiled_by_the_jax_they_are_tested_with():
     tested, compiling = entries(ROOT / "requirements.lock"), entries(ROOT / ".ci" / "gpu-compile.lock")
     versions = {compiling[name] for name in ("jax", "jaxlib", "jax-cuda13-plugin", "jax-cuda13-pjrt")}
-    assert versions == {tested["jax"]}
+    compiling = entries(ROOT / ".ci" / "tpu-compile.lock")
+    assert versions | {compiling["jax"], compiling["jaxlib"]} == {tested["jax"]}
 
 
 def test_next_jax_is_another_in_the_supported_range():

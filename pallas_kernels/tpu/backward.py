@@ -9,6 +9,7 @@ With the names of `forward.py`, Y = Tᵀ dU and Z = Y Uᵀ the inverse needs no 
 U is computed again from the saved T and S.
 """
 
+from functools import reduce
 from types import SimpleNamespace
 
 import jax
@@ -24,12 +25,20 @@ from pallas_kernels.tpu.numbers import Numbers, read_numbers, scaled
 from pallas_kernels.tpu.products import F32, Products, above, beside
 
 
-def backward(config: Config, query, key, value, numbers, states, inverse, d_output, d_final) -> dict[str, jax.Array]:
+def backward(config: Config, tokens, numbers, residuals, d_final) -> dict[str, jax.Array]:
     """Cotangents of query, key and value, of `numbers` (not of documents; of sums where there is decay) and of the
-    initial state."""
+    initial state.
+
+    Args:
+        tokens: query, key, value and the cotangent of the output, as the forward kernel has them.
+        residuals: states at chunk starts and inverses.
+        d_final: [B, H, K, V] float32.
+    """
     batch, groups, chunks, rows, size = numbers.shape
+    query, key, value, d_output = tokens
+    states, inverse = residuals
     inputs = dict(
-        query=query, key=key, value=value, numbers=numbers, states=states, inverse=inverse, d_output=d_output,
+        query=query, key=key, value=value, d_output=d_output, numbers=numbers, states=states, inverse=inverse,
         d_final=d_final,
     )  # fmt: skip
     shapes = dict(
@@ -72,11 +81,11 @@ class _Keys:
         self.transposed = products.split(jnp.concatenate([self.query.T, self.key.T], 1))  # K 2C
         scores = products.nn(self.key_pieces, self.transposed)
         self.scores_transposed, self.gram = scores[:, :size], scores[:, size:]
-        self.d_query = self.d_key = None
+        self.gradients: list[tuple[jax.Array, jax.Array]] = []  # of query and key, by value head
 
-    def add(self, d_query, d_key):
-        self.d_query = d_query if self.d_query is None else self.d_query + d_query
-        self.d_key = d_key if self.d_key is None else self.d_key + d_key
+    def write(self, r) -> None:
+        for ref, parts in zip((r.d_query, r.d_key), zip(*self.gradients, strict=True), strict=True):
+            ref[:, self.lanes] = reduce(jnp.add, parts).astype(ref.dtype)
 
 
 def _step(config: Config, r) -> None:
@@ -95,8 +104,7 @@ def _step(config: Config, r) -> None:
         for head in heads:
             step(head)
     for x in keys:
-        r.d_query[:, x.lanes] = x.d_query.astype(r.d_query.dtype)
-        r.d_key[:, x.lanes] = x.d_key.astype(r.d_key.dtype)
+        x.write(r)
     rows = _Rows(config)
     for head in heads:
         head.numbers_of(rows)
@@ -143,9 +151,8 @@ class _Head:
         self.config, self.r, self.head, self.keys, self.numbers = config, r, head, keys, numbers
         self.products = Products(config.pieces)
         self.lanes = value_slice(config, head)
-        self.erase, self.write, self.left, self.right = (
-            x[head] for x in (numbers.erase, numbers.write, numbers.left, numbers.right)
-        )
+        self.erase, self.write = numbers.erase[head], numbers.write[head]
+        self.left, self.right = numbers.left[head], numbers.right[head]
         self.erased = scaled(self.erase, self.left)
 
     def read_states(self) -> None:
@@ -193,13 +200,10 @@ class _Head:
         d_gram_CC = -self.erase * self.z_below_CC
         both = products.split(jnp.concatenate([d_scores_CC, d_gram_CC + d_gram_CC.T], 0))
         to_key = products.nn(both, keys.key_pieces)
-        keys.add(
-            self.read_state_CK + to_key[:size],
-            to_key[size:]
-            + products.nn(d_scores_CC.T, keys.query_pieces)
-            + products.nt(scaled(self.update_CV, self.right), self.states[1])
-            - self.erased * self.y_state_CK,
-        )
+        d_key_CK = products.nn(d_scores_CC.T, keys.query_pieces)
+        d_key_CK = d_key_CK + products.nt(scaled(self.update_CV, self.right), self.states[1])
+        d_key_CK = to_key[size:] + d_key_CK - self.erased * self.y_state_CK
+        keys.gradients.append((self.read_state_CK + to_key[:size], d_key_CK))
 
     def numbers_of(self, rows: _Rows) -> None:
         """Gradients of erase, write and sums of log-decay."""
@@ -215,9 +219,9 @@ class _Head:
             rows.put("write", head, d_write_C1)
         if self.config.decay:
             left_C1 = _row_sum(self.read_state_CK * keys.query.astype(F32)) - self.erased * recalled_C1
-            end_C1 = self.right * _row_sum(self.update_CV * self.d_end_CV)
+            end_C1 = scaled(_row_sum(self.update_CV * self.d_end_CV), self.right)
             pairs_CC = self.d_weights_CC * self.weights_transposed.T - self.erase * coupled_CC
-            whole = numbers.total[head] * self.whole + jnp.sum(end_C1, 0, keepdims=True)
+            whole = scaled(self.whole, numbers.total[head]) + jnp.sum(end_C1, 0, keepdims=True)
             lane = lax.broadcasted_iota(jnp.int32, (1, self.config.chunk), 1)
             row_1C = jnp.where(lane == self.config.chunk - 1, whole, 0.0) - jnp.sum(pairs_CC, 0, keepdims=True)
             rows.put("sums", head, _row_sum(pairs_CC) + left_C1 - end_C1, row_1C)

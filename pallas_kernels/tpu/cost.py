@@ -83,6 +83,4 @@ def _estimate(config, steps, shared, head, exponentials, arrays):
 
 def decode_cost(inputs: Iterable[Any], outputs: Iterable[Any], state: Any) -> pl.CostEstimate:
     """Of `state` [B, H, K, V]: S k, the rank-one term and S q take two FLOPs a number each."""
-    return pl.CostEstimate(
-        flops=6 * state.size, transcendentals=0, bytes_accessed=_bytes(inputs) + _bytes(outputs)
-    )
+    return pl.CostEstimate(flops=6 * state.size, transcendentals=0, bytes_accessed=_bytes(inputs) + _bytes(outputs))

@@ -5,9 +5,7 @@ import jax.experimental.pallas as pl
 import jax.experimental.pallas.tpu as pltpu
 import jax.numpy as jnp
 
-NO_DEVICE = (
-    "it needs a TPU, or a context of jax.experimental.pallas.tpu.force_tpu_interpret_mode to be interpreted"
-)
+NO_DEVICE = "it needs a TPU, or a context of jax.experimental.pallas.tpu.force_tpu_interpret_mode to be interpreted"
 
 
 def interpreting() -> bool:

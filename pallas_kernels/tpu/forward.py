@@ -150,9 +150,7 @@ class _Part:
             if hasattr(self.r, "inverse"):
                 self.r.inverse[self.part, head] = inverse_CC.astype(self.r.inverse.dtype)
             value_CV = self.r.value[self.rows, value_slice(self.config, head)]
-            self.updates.append(
-                update_of(self.products, self.numbers, head, inverse_CC, value_CV, self.recalled[head])
-            )
+            self.updates.append(update_of(self.products, self.numbers, head, inverse_CC, value_CV, self.recalled[head]))
 
     def write(self) -> None:
         r, numbers = self.r, self.numbers

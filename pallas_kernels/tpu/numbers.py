@@ -54,35 +54,36 @@ def read_numbers(config: Config, numbers_ref) -> Numbers:
     rows = {name: numbers_ref[where, :] for name, where in config.rows.items()}
     i, j = (lax.broadcasted_iota(jnp.int32, (size, size), axis) for axis in (0, 1))
     reach, below, reached = i >= j, i > j, i <= j
-    columns = lambda x: [x.T[:, h : h + 1] for h in range(heads)]
-    nothing = [None] * heads
-    first = last = None
     if config.documents:
-        document_1C = rows["document"]
-        document_C1 = document_1C.T
-        same = document_C1 == document_1C
+        same = rows["document"] == rows["document"].T
         reach, below, reached = reach & same, below & same, reached & same
-        first, last = document_1C == 0, document_1C == document_1C[:, size - 1 :]
-    left_HC = right_HC = None
+    left, right, total = _ends(config, rows)
+    sums: list[tuple[jax.Array, jax.Array] | None] = [None] * heads
+    if config.decay:
+        row = lambda h: rows["sums"][h : h + 1, :]
+        sums = [(column, row(h)) for h, column in enumerate(_columns(rows["sums"]))]
+    erase = _columns(rows["erase"])
+    write = erase if config.tied else _columns(rows["write"])
+    return Numbers(erase, write, left, right, total, sums, reach, below, reached)
+
+
+def _columns(rows_HC: jax.Array) -> list[jax.Array]:
+    columns_CH = rows_HC.T
+    return [columns_CH[:, h : h + 1] for h in range(rows_HC.shape[0])]
+
+
+def _ends(config: Config, rows: dict[str, jax.Array]) -> tuple[list, list, list]:
+    """left, right and total of `Numbers`."""
+    heads, last = config.heads, config.chunk - 1
+    if not config.decay and not config.documents:
+        return [None] * heads, [None] * heads, [None] * heads
     if config.decay:
         sums_HC = rows["sums"]
-        left_HC, right_HC = jnp.exp(sums_HC), jnp.exp(sums_HC[:, size - 1 :] - sums_HC)
-    elif config.documents:
-        left_HC = right_HC = jnp.ones((heads, size), jnp.float32)
-    if first is not None:
-        left_HC, right_HC = jnp.where(first, left_HC, 0.0), jnp.where(last, right_HC, 0.0)
-    erase = columns(rows["erase"])
-    sums = nothing
-    if config.decay:
-        sums = [(column, rows["sums"][h : h + 1, :]) for h, column in enumerate(columns(rows["sums"]))]
-    return Numbers(
-        erase=erase,
-        write=erase if config.tied else columns(rows["write"]),
-        left=nothing if left_HC is None else columns(left_HC),
-        right=nothing if right_HC is None else columns(right_HC),
-        total=nothing if left_HC is None else [left_HC[h : h + 1, size - 1 :] for h in range(heads)],
-        sums=sums,
-        reach=reach,
-        below=below,
-        reached=reached,
-    )
+        left_HC, right_HC = jnp.exp(sums_HC), jnp.exp(sums_HC[:, last:] - sums_HC)
+    else:
+        left_HC = right_HC = jnp.ones_like(rows["erase"])
+    if config.documents:
+        document_1C = rows["document"]
+        left_HC = jnp.where(document_1C == 0, left_HC, 0.0)
+        right_HC = jnp.where(document_1C == document_1C[:, last:], right_HC, 0.0)
+    return _columns(left_HC), _columns(right_HC), [left_HC[h : h + 1, last:] for h in range(heads)]

@@ -76,8 +76,9 @@ def forward(
     with jax.enable_x64(False):  # indices are 32 bits wide, also where a program has enabled x64
         call = _Call("forward", query, key, value, write, log_decay, documents, scale, chunk_size, precision)
         numbers = call.numbers(erase, write, log_decay, documents)
-        tokens = (call.flat(x) for x in (query, key, value))
-        out = forward_kernel(call.config, *tokens, numbers, call.padded_state(initial_state), save=save)
+        query, key, flat_value = (call.flat(x) for x in (query, key, value))
+        initial = call.padded_state(initial_state)
+        out = forward_kernel(call.config, query, key, flat_value, numbers, initial, save=save)
         residuals = (out["states"], out["inverse"]) if save else ()
         return call.whole(out["output"], value), call.state(out["final"]), residuals
 
@@ -103,9 +104,8 @@ def backward(
     with jax.enable_x64(False):
         call = _Call("backward", query, key, value, write, log_decay, documents, scale, chunk_size, precision)
         numbers = call.numbers(erase, write, log_decay, documents)
-        tokens = (call.flat(x) for x in (query, key, value))
-        cotangents = call.flat(d_output.astype(value.dtype)), call.padded_state(d_state)
-        out = backward_kernel(call.config, *tokens, numbers, *residuals, *cotangents)
+        tokens = [call.flat(x) for x in (query, key, value, d_output.astype(value.dtype))]
+        out = backward_kernel(call.config, tokens, numbers, residuals, call.padded_state(d_state))
         d_write = None if write is None else call.per_token(out["d_numbers"], "write")
         d_log_decay = None
         if log_decay is not None:

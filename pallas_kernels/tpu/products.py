@@ -1,7 +1,7 @@
 """Matrix products on the MXU, which multiplies bfloat16: a float32 operand goes in as a sum of bfloat16 pieces.
 
-One piece each is one pass, 2^-9 relative; two pieces are three passes, 2^-16; three pieces hold all 24 bits, six passes.
-A bfloat16 operand is one piece whatever is asked for. Split here, not by the compiler, the products are the same when
+One piece each is one pass, 2^-9 relative; two pieces are three passes, 2^-16; three hold all 24 bits, six passes. A
+bfloat16 operand is one piece whatever is asked for. Split here, not by the compiler, the products are the same when
 interpreted.
 """
 
@@ -83,8 +83,3 @@ class Products(NamedTuple):
                 total = term if total is None else total + term
         assert total is not None
         return total
-
-
-def passes(pieces: int, narrow: int = 0) -> int:
-    """How many passes a product takes, `narrow` of whose operands are bfloat16 themselves."""
-    return 1 if narrow == 2 else pieces if narrow == 1 else pieces * (pieces + 1) // 2

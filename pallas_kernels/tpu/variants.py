@@ -1,4 +1,4 @@
-"""Every kind of kernel that the op asks for, with shapes: lowered by the tests, compiled ahead of time for every TPU."""
+"""Every kind of kernel that the op asks for, with shapes: lowered by the tests, compiled for every TPU."""
 
 from collections.abc import Callable, Iterator
 from functools import partial

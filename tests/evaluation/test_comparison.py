@@ -199,7 +199,7 @@ def test_the_command(capsys, tmp_path):
         assert all(result["error"] < 1e-5 for result in both.values())
         assert f"| {name} | {both['output']['error']:.1e} |" in out
     for direction in (FORWARD, BOTH):
-        assert "pallas_tpu" in rows["pallas_tpu", direction]["reason"]
+        assert "it needs a TPU" in rows["pallas_tpu", direction]["reason"]
         assert rows["pallas_tpu", direction]["reason"] in out
     assert results["ceilings"]["bytes_per_second"] > 1e8
     assert results["ceilings"]["flops_per_second"] > 1e9

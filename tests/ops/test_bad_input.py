@@ -146,6 +146,7 @@ def taken(implementation):
 
 
 def test_a_name_never_falls_back(monkeypatch):
+    monkeypatch.delitem(REGISTRY, "pallas_tpu")
     with pytest.raises(NotImplementedError, match=r"'pallas_tpu' cannot serve this call: .*has no such kernel"):
         taken("pallas_tpu")
     monkeypatch.setitem(REGISTRY, "triton", fake("K = 3 is odd"))
@@ -156,6 +157,7 @@ def test_a_name_never_falls_back(monkeypatch):
 
 
 def test_a_sequence_warns_on_each_fallback(monkeypatch):
+    monkeypatch.delitem(REGISTRY, "pallas_tpu")
     monkeypatch.setitem(REGISTRY, "triton", fake("K = 3 is odd"))
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
@@ -169,6 +171,7 @@ def test_a_sequence_warns_on_each_fallback(monkeypatch):
 
 
 def test_a_sequence_raises_with_every_reason(monkeypatch):
+    monkeypatch.delitem(REGISTRY, "pallas_tpu")
     monkeypatch.setitem(REGISTRY, "triton", fake("K = 3 is odd"))
     with pytest.raises(NotImplementedError) as error:
         taken(["triton", "pallas_tpu"])

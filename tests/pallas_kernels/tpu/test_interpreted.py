@@ -25,7 +25,9 @@ CASES = {
     "split, decay, grouped": (
         BF16, dict(decay=True, heads=4, key_heads=2, batch=1), dict(integrator="split"), None,
     ),
-    "euler, two chunks a step, float32": (F32, dict(length=128, batch=1), dict(integrator="euler", chunk_size=64), None),
+    "euler, two chunks a step, float32": (
+        F32, dict(length=128, batch=1), dict(integrator="euler", chunk_size=64), None,
+    ),
     "padded": (F32, dict(key_dim=20, value_dim=40, length=65), dict(scale=-0.5), None),
 }  # fmt: skip
 SLOW_CASES = {

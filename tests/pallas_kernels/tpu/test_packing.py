@@ -1,5 +1,7 @@
 """Bit for bit: documents that do not see each other, chunks that go on where others stopped, runs that repeat."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -56,8 +58,8 @@ def test_goes_on_where_it_stopped():
     """A sequence in two calls: cut between chunks to the bit, cut elsewhere to rounding."""
     inputs, _ = rounded(batch=1, length=150)
     state = inputs.pop("initial_state")
-    options = dict(implementation=NAME, chunk_size=64)
-    call = jax.jit(lambda inputs, state: efla_attention(**inputs, initial_state=state, **options))
+    attend = partial(efla_attention, implementation=NAME, chunk_size=64)
+    call = jax.jit(lambda inputs, state: attend(**inputs, initial_state=state))
     whole = call(inputs, state)
     xla = jax.jit(lambda: efla_attention(**inputs, initial_state=state, implementation="xla"))()
     named = lambda out, state: dict(output=np.asarray(out), state=np.asarray(state))
