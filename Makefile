@@ -4,7 +4,7 @@ PYTHON := .venv/bin/python
 HUGE_PAGES := GLIBC_TUNABLES=glibc.malloc.hugetlb=1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-slow test-jax-next test-gpu check-gpu-compile lint types format lock clean
+.PHONY: help setup demo test test-slow test-jax-next test-gpu check-gpu-compile check-tpu-compile lint types format lock clean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-17s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -40,6 +40,10 @@ check-gpu-compile: setup  ## compile the GPU kernels without a GPU: registers, s
 	.cache/gpu-compile/bin/python -m experiments.kernels.compile_gpu
 	.cache/gpu-compile/bin/python -m experiments.kernels.check_triton
 
+check-tpu-compile: setup  ## compile the TPU kernels for five generations without a TPU, and a training step on 4x4 chips
+	@bash .ci/environment.sh tpu-compile
+	.cache/tpu-compile/bin/python -m experiments.kernels.compile_tpu
+
 lint: setup  ## formatting and lint
 	.venv/bin/ruff format --check .
 	.venv/bin/ruff check .
@@ -57,6 +61,7 @@ COMPILE := .venv/bin/uv pip compile --universal --python-version 3.12 --generate
 lock: setup  ## renew requirements.lock and .ci/*.lock (UPGRADE=--upgrade takes newer versions)
 	$(COMPILE) $(UPGRADE) pyproject.toml --group dev --output-file requirements.lock
 	$(COMPILE) $(UPGRADE) .ci/gpu-compile.in --output-file .ci/gpu-compile.lock
+	$(COMPILE) $(UPGRADE) .ci/tpu-compile.in --output-file .ci/tpu-compile.lock
 	$(COMPILE) $(UPGRADE) .ci/jax-next.in --no-config --output-file .ci/jax-next.lock  # pyproject.toml says 0.11.2
 
 clean:  ## remove .venv, caches and build results; runs/ stays
