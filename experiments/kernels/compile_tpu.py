@@ -48,6 +48,7 @@ def check_variants(generations: list[str], only: str) -> list[str]:
                 compile_for(TOPOLOGIES[generation], function, *arguments)
             except Exception as error:  # of any kind: the other variants are still to be compiled
                 failed.append(f"{name} for {generation}: {type(error).__name__}: {str(error)[:300]}")
+                print(failed[-1], flush=True)
         seconds = time.perf_counter() - begun
         print(f"{generation}: {len(variants)} kernels in {seconds:.0f} s, {len(failed)} failed so far", flush=True)
     return failed

@@ -11,7 +11,7 @@ import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 os.environ |= {
     "JAX_PLATFORMS": "cpu",
@@ -153,22 +153,21 @@ def _use(kernels: list[tuple[Schedule, int]], unit: str) -> float:
 def compiled_step(topology: str, fsdp: int = 4, tensor: int = 4) -> tuple[Any, Mesh]:
     """The step of configs/lm_paper.py:efla/340m, compiled for a mesh that splits rows and heads."""
     from configs import lm_paper
-    from efla_jax.models import build
+    from efla_jax.models import LanguageModelConfig, build
     from efla_jax.training.objectives import objective_of
     from efla_jax.training.sharding import AXES, BATCH, TOKENS, state_shardings
     from efla_jax.training.step import initial_state, make_optimizer, make_train_step, schedule
 
     config = lm_paper.get_config("efla/340m")
-    mixer = dataclasses.replace(config.model.mixer, implementation="pallas_tpu")
-    config = dataclasses.replace(config, model=dataclasses.replace(config.model, mixer=mixer))
+    model = cast(LanguageModelConfig, config.model)
+    mixer = dataclasses.replace(model.mixer, implementation="pallas_tpu")
+    config = dataclasses.replace(config, model=dataclasses.replace(model, mixer=mixer))
     devices = np.array(topologies.get_topology_desc(platform="tpu", topology_name=topology).devices)
     mesh = Mesh(devices.reshape(-1, fsdp, tensor), AXES, axis_types=(AxisType.Auto,) * 3)
     rates = schedule(config.optimizer, config.train.steps)
     optimizer = make_optimizer(config.optimizer, rates)
     graph = nnx.graphdef(nnx.eval_shape(lambda: build(config.model, rngs=nnx.Rngs(0))))
-    step = make_train_step(
-        graph, optimizer, rates, TOKENS, objective=objective_of(config), parts=config.train.parts
-    )
+    step = make_train_step(graph, optimizer, rates, TOKENS, objective=objective_of(config), parts=config.train.parts)
     place = lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
     state = jax.eval_shape(lambda: initial_state(config, jax.random.key(0), optimizer))
     shardings = state_shardings(mesh, state)

@@ -9,7 +9,7 @@ from typing import NamedTuple
 CHUNKS = (64, 128, 256)
 LANES = 128
 MOST_HEADS = 8  # value heads of a step: with more, nothing is gained
-VMEM = 14 << 20  # bytes that a step may need by `vmem`; TPU v4 has 16 MiB
+VMEM = 15 << 20  # bytes that a step may need by `vmem`; TPU v4 has 16 MiB
 
 
 class Step(NamedTuple):
@@ -37,13 +37,15 @@ def padded(dim: int, multiple: int) -> int:
 def vmem(direction: str, sizes: Sizes, heads: int, span: int) -> int:
     """Bytes of VMEM of a step of so many value heads, fitted to what the compiler reports for v4.
 
-    Matrices [C, C], [C, D] and [K, V] that a head has at the same time, blocks in flight among them, and the mean size
-    of a number where inputs are bfloat16.
+    Per head: five states in float32 and, for each chunk, one that is saved, twice; so many numbers of matrices [C, C]
+    and [C, D], of so many bytes on the average.
     """
-    squares, rows, states, narrow = (3, 29, 3, 3.0) if direction == "backward" else (5, 12, 5, 2.4)
-    c, k, v = sizes.chunk, sizes.key_dim, sizes.value_dim
-    numbers = squares * c * c + rows * c * (k + v) // 2 + states * k * v
-    return int(heads * span * numbers * (4 if sizes.wide else narrow))
+    squares, rows = (5, 23) if direction == "backward" else (4, 14)
+    each = 4.0 if sizes.wide else 3.2 if direction == "backward" else 2.4
+    c, k = sizes.chunk, sizes.key_dim
+    lanes_c, lanes_k, lanes_v = (padded(dim, LANES) for dim in (c, k, sizes.value_dim))
+    states = k * lanes_v * (20 + span * (8 if sizes.wide else 4))
+    return int(heads * (states + span * each * c * (squares * lanes_c + rows * (lanes_k + lanes_v) // 2)))
 
 
 def step_of(direction: str, sizes: Sizes, chunks: int) -> Step | None:

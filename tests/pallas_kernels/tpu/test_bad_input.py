@@ -74,7 +74,7 @@ UNSUPPORTED = {
     "chunk_size": (inputs_of, dict(chunk_size=32), "chunk_size=32; the kernels' chunks are of 64, 128, 256 tokens"),
     "group": (
         lambda: inputs_of(heads=64, key_dim=256, value_dim=256), {},
-        "Hk=1, H=64, K=256, V=256; the fewest heads that a step of the kernels can take would need more than 14 MiB",
+        "Hk=1, H=64, K=256, V=256; the fewest heads that a step of the kernels can take would need more than 15 MiB",
     ),
 }  # fmt: skip
 

@@ -95,7 +95,7 @@ def test_chunks():
     chunk = lambda *how: getattr(plan.fitted(sizes, *how), "chunk", None)
     assert [chunk(64, None), chunk(65, None), chunk(10**6, None)] == [64, 128, 128]
     assert [chunk(10, size) for size in (64, 128, 256)] == [64, 128, 256]
-    assert getattr(plan.fitted(plan.Sizes(1, 16, 128, 128, False), 1000, None), "chunk", None) == 64
+    assert getattr(plan.fitted(plan.Sizes(1, 12, 128, 128, False), 1000, None), "chunk", None) == 64
 
 
 def test_precision_decides_on_passes():

@@ -39,7 +39,7 @@ def plant(monkeypatch):
 
 
 def worst():
-    """The largest error, in roundings of float32, of two groups of two heads with decay and documents, in two chunks."""
+    """The largest error, in roundings of float32, of two groups of two heads with decay and documents."""
     inputs, cotangent = rounded(batch=1, length=100, decay=True, heads=4, key_heads=2, dtype=np.float32)
     options = dict(cotangent=cotangent, segment_ids=documents((30,), 1, 100), scale=0.5)
     got = evaluate(inputs, implementation="pallas_tpu", chunk_size=64, **options)
