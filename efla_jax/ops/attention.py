@@ -228,9 +228,9 @@ def efla_step(
     """One token of `efla_attention`, for decoding: the same equation, without the time axis.
 
     Arguments and errors are those of `efla_attention`, partition_spec included: it is that of [B, T, H, D]. `xla` and
-    `scan` both name the plain form. The kernel behind `pallas_gpu` takes K and V that are multiples of 64 up to 256,
-    multiplies float32 numbers, whatever the precision, overwrites a state that is donated, and leaves derivatives to
-    the plain form.
+    `scan` both name the plain form. The kernels behind `pallas_gpu` and `pallas_tpu` take K and V that are multiples of
+    64 up to 256, multiply float32 numbers, whatever the precision, overwrite a state that is donated, and leave
+    derivatives to the plain form.
 
     Returns:
         (output, state): output [B, H, V] in value's type, the new state in float32 (float64 for float64 inputs).

@@ -40,7 +40,7 @@ def vmem(direction: str, sizes: Sizes, heads: int, span: int) -> int:
     Per head: five states in float32 and, for each chunk, one that is saved, twice; so many numbers of matrices [C, C]
     and [C, D], of so many bytes on the average.
     """
-    squares, rows = (5, 23) if direction == "backward" else (4, 14)
+    squares, rows = (5, 23) if direction == "backward" else (4, 15)
     each = 4.0 if sizes.wide else 3.2 if direction == "backward" else 2.4
     c, k = sizes.chunk, sizes.key_dim
     lanes_c, lanes_k, lanes_v = (padded(dim, LANES) for dim in (c, k, sizes.value_dim))
