@@ -73,9 +73,9 @@ def check_step(generations: list[str]) -> list[str]:
             f"{mebibytes(memory.argument_size_in_bytes)} of arguments, {mebibytes(memory.temp_size_in_bytes)} of "
             f"temporaries; {kernels} kernel calls; {dict(Counter(kind for kind, _ in found))}"
         )
-        gathers = Counter(str(shape) for kind, shapes in found if kind == "all-gather" for shape in shapes)
-        for shape, count in sorted(gathers.items()):
-            print(f"    all-gather of {shape} x {count}")
+        moved = Counter((kind, shape) for kind, shapes in found for shape in shapes if len(shape) > 1)
+        for (kind, shape), count in sorted(moved.items()):
+            print(f"    {kind} of {shape} x {count}")
         for kind, shapes in found:
             tokens = [shape for shape in shapes if any(size % ROW == 0 for size in shape)]
             if kind in ("all-gather", "all-to-all") and tokens:

@@ -37,15 +37,15 @@ def padded(dim: int, multiple: int) -> int:
 def vmem(direction: str, sizes: Sizes, heads: int, span: int) -> int:
     """Bytes of VMEM of a step of so many value heads, fitted to what the compiler reports for v4.
 
-    Per head: five states in float32 and, for each chunk, one that is saved, twice; so many numbers of matrices [C, C]
-    and [C, D], of so many bytes on the average.
+    Per head: states in float32 and, for each chunk, one that is saved, twice; so many numbers of matrices [C, C] and
+    [C, D], of so many bytes on the average.
     """
-    squares, rows = (5, 23) if direction == "backward" else (4, 15)
-    each = 4.0 if sizes.wide else 3.2 if direction == "backward" else 2.4
+    squares, rows, states, narrow = (8, 20, 20, 3.2) if direction == "backward" else (9, 10, 26, 2.2)
+    each, saved = (4.0, 8) if sizes.wide else (narrow, 4)
     c, k = sizes.chunk, sizes.key_dim
     lanes_c, lanes_k, lanes_v = (padded(dim, LANES) for dim in (c, k, sizes.value_dim))
-    states = k * lanes_v * (20 + span * (8 if sizes.wide else 4))
-    return int(heads * (states + span * each * c * (squares * lanes_c + rows * (lanes_k + lanes_v) // 2)))
+    in_chunk = each * c * (squares * lanes_c + rows * (lanes_k + lanes_v) // 2)
+    return int(heads * (k * lanes_v * (states + span * saved) + span * in_chunk))
 
 
 def step_of(direction: str, sizes: Sizes, chunks: int) -> Step | None:

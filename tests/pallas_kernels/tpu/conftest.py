@@ -1,5 +1,6 @@
 """TPU kernels interpreted on the CPU, every one watched for races."""
 
+import contextlib
 from collections.abc import Iterator
 
 import jax.experimental.pallas.tpu as pltpu
@@ -13,30 +14,36 @@ for effect in (callback._IOEffect, callback._OrderedIOEffect):
     effects.remat_allowed_effects.add_type(type(effect))
 
 
-def _interpreting(detect_races: bool) -> Iterator[None]:
+@contextlib.contextmanager
+def _interpreting(monkeypatch, detect_races: bool) -> Iterator[list]:
+    """An interpret context; the list gets the race detection state of each kernel that runs in it. JAX itself keeps
+    only the last kernel's."""
+    states = []
+    original = interpreter.RaceDetectionState
+
+    def watched(**options):
+        states.append(original(**options))
+        return states[-1]
+
+    monkeypatch.setattr(interpreter, "RaceDetectionState", watched)
     pltpu.reset_tpu_interpret_mode_state()
     try:
         with unoptimized(), pltpu.force_tpu_interpret_mode(pltpu.InterpretParams(detect_races=detect_races)):
-            yield
+            yield states
     finally:
         pltpu.reset_tpu_interpret_mode_state()  # an exception leaves it behind
 
 
 @pytest.fixture
-def interpreted() -> Iterator[None]:
-    """An interpret context in which kernels ran, the last of them without a race."""
-    yield from _interpreting(detect_races=True)
+def interpreted(monkeypatch) -> Iterator[None]:
+    """An interpret context in which kernels, if any ran, had no race."""
+    with _interpreting(monkeypatch, detect_races=True) as states:
+        yield
+    assert not any(state.races_found for state in states)
 
 
 @pytest.fixture
-def on_devices() -> Iterator[None]:
+def on_devices(monkeypatch) -> Iterator[None]:
     """An interpret context for kernels on several devices."""
-    yield from _interpreting(detect_races=False)
-
-
-@pytest.fixture(autouse=True)
-def no_race(request) -> Iterator[None]:
-    yield
-    if "interpreted" in request.fixturenames:
-        races = interpreter.races
-        assert races is None or not races.races_found
+    with _interpreting(monkeypatch, detect_races=False):
+        yield
