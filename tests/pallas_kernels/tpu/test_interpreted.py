@@ -87,7 +87,7 @@ def test_same_key_throughout():
 @pytest.mark.slow
 @pytest.mark.parametrize("length", [1, 2, 63, 64, 65, 127, 129, 256, 300])
 def test_lengths(length):
-    inputs, cotangent = rounded(length=length, batch=1, decay=True)
+    inputs, cotangent = rounded(length=length, batch=1, decay=True, dtype=F32)
     assert_accurate(inputs, cotangent, segment_ids=documents((17, 63, 90), 1, length))
 
 
