@@ -52,6 +52,7 @@ def test_step(options):
         np.testing.assert_allclose(x, y, rtol=2e-5, atol=2e-5)
 
 
+@pytest.mark.slow
 def test_step_under_vmap():
     keys = jnp.asarray(np.random.default_rng(1).normal(size=(3, 2, 2, 64)) / 8, F32)
     got = jax.vmap(lambda key: step(key, "pallas_tpu"))(keys)
