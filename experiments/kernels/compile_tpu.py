@@ -101,7 +101,7 @@ def check_schedule(generations: list[str], only: str) -> list[str]:
                 done = subprocess.run(command, env=environment, capture_output=True, text=True)
             row = done.stdout.strip().splitlines()[-1:] if done.returncode == 0 else []
             if not row and name.startswith("deltanet-tpu"):  # another project's: what it does not compile is a result
-                row = [f"| {name} | {generation} | does not compile |"]
+                row = [f"| {name} | {generation} | does not compile | | | | | |"]
             if not row:
                 wrong.append(f"{name} for {generation}: {done.stderr.strip().splitlines()[-1:]}")
             print(*row, sep="\n", flush=True)
