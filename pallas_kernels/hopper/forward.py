@@ -52,7 +52,7 @@ from pallas_kernels.hopper.mosaic import (
 )
 
 
-def _crew(writers, key_dim, save, decayed):
+def _crew(writers, key_dim, save, decayed, tied):
     """(helpers, registers of a thread of state warpgroups, and of helpers); None for as many as a launch gives.
 
     As many helpers as shared memory and registers hold. A launch gives 168 to each of three warpgroups, 128 of four.
@@ -64,7 +64,7 @@ def _crew(writers, key_dim, save, decayed):
     if key_dim == 64:
         return 2, None, None
     if save or decayed:
-        return (1, 176, 152) if save and decayed else (1, None, None)
+        return (1, 176, 152) if save and (decayed or not tied) else (1, None, None)
     return 2, 168, 88
 
 
@@ -91,7 +91,7 @@ def forward(key, query, value, vectors, documents, initial, *, scale, tied, save
     chunks = pl.cdiv(length, CHUNK)
     splits = value_dim // 64 if batch * heads * (value_dim // 64) <= PROCESSORS else 1
     writers = value_dim // 64 // splits
-    helpers, state_registers, helper_registers = _crew(writers, key_dim, save, "left" in vectors)
+    helpers, state_registers, helper_registers = _crew(writers, key_dim, save, "left" in vectors, tied)
     dtype = value.dtype
     masked = documents is not None
     inputs = dict(query=query, key=key, value=value, **{f"{name}_v": x for name, x in vectors.items()})
@@ -240,15 +240,12 @@ def _update(config, r, w, n, columns, recalled):
     """Uᵀ rounded, and what of it is there at the chunk's end, of the values and what the keys recall."""
     values, products = config.values, config.products
     slot, made, v_s = config.keys.place(n), products.place(n), r.v_s.at[values.place(n), w]
-    erase = lambda: per_column(plgpu.load(r.erase_s.at[made], layout=COLS), SQUARE)
-    if not config.tied:
-        plgpu.barrier_wait(products.full(r, n))
-        recalled = recalled * erase()
+    erase = lambda factor=1.0: per_column(plgpu.load(r.erase_s.at[made], layout=COLS) * factor, SQUARE)
     plgpu.barrier_wait(values.full(r, n))
-    if config.tied:
-        plgpu.barrier_wait(products.full(r, n))
+    plgpu.barrier_wait(products.full(r, n))
+    recalled = recalled * (-1.0 if config.tied else erase(-1.0))
     # T V - T (K S): V - K S rounded would lose of K S what is below V's last place, always to the same side
-    forgotten, solve_t = (recalled * -1.0).astype(config.dtype), r.solve_s.at[made].T
+    forgotten, solve_t = recalled.astype(config.dtype), r.solve_s.at[made].T
     update = matmul([v_s.T, forgotten], [solve_t, solve_t], SQUARE, staged=part_of(r.state_stage, w))
     if not config.save:
         plgpu.barrier_arrive(values.free(r, n))
