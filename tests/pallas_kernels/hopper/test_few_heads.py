@@ -22,7 +22,9 @@ def test_serves():
 
 CASES = [
     pytest.param(dict(length=330, heads=2), dict(), True, id="grouped"),
-    pytest.param(dict(length=65, key_dim=128), dict(integrator="euler", scale=0.5), False, id="no state"),
+    pytest.param(
+        dict(length=65, key_dim=128), dict(integrator="euler", scale=0.5), False, id="no state", marks=pytest.mark.slow
+    ),
     pytest.param(dict(length=40), dict(), True, id="one chunk"),
     pytest.param(dict(length=700, key_dim=128), dict(), True, id="eleven chunks", marks=pytest.mark.slow),
 ]

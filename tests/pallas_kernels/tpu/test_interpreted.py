@@ -70,7 +70,7 @@ def test_norms(dtype, norm2):
     assert_accurate(*rounded(norm2=norm2, dtype=dtype, length=70, batch=1))
 
 
-@pytest.mark.parametrize("decay", [pytest.param(False, marks=pytest.mark.slow), True], ids=["no decay", "decay"])
+@pytest.mark.parametrize("decay", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["no decay", "decay"])
 def test_special_keys(decay):
     """A zero key has a gradient of its own: the value times what the state's cotangent is there."""
     inputs, cotangent = rounded(decay=decay, length=70, dtype=F32)
@@ -118,7 +118,7 @@ def test_large_keys_stay_finite():
 BOUNDS = {"default": (1e-3, 2e-2), "high": (2e-6, 2e-4)}
 
 
-@pytest.mark.parametrize("precision", ["default", "high"])
+@pytest.mark.parametrize("precision", ["default", pytest.param("high", marks=pytest.mark.slow)])
 def test_precision(precision):
     """Every precision has its own accuracy: not less, and not more either, which would cost passes."""
     inputs, cotangent = rounded(length=70, batch=1, dtype=F32)
@@ -128,6 +128,7 @@ def test_precision(precision):
     assert all(least < e < most for e in found.values()), found
 
 
+@pytest.mark.slow
 def test_precision_of_bfloat16_inputs():
     """More passes make intermediates of bfloat16 inputs exact; results in float32 show it."""
     inputs, cotangent = rounded(length=70, batch=1)

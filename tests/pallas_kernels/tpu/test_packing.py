@@ -54,6 +54,7 @@ def test_no_leak(dtype, decay, integrator):
             assert np.all(same) or np.any(after[name][~same] != x[~same])
 
 
+@pytest.mark.slow
 def test_goes_on_where_it_stopped():
     """A sequence in two calls: cut between chunks to the bit, cut elsewhere to rounding."""
     inputs, _ = rounded(batch=1, length=150)

@@ -51,6 +51,7 @@ def assert_same(got, want):
         np.testing.assert_array_equal(np.asarray(x), y)
 
 
+@pytest.mark.slow
 @interpreted
 def test_vmap():
     """Over the rows of every input."""
@@ -106,7 +107,8 @@ def compiled_on(mesh, kind):
         return jax.jit(lambda x: both(op, x)).lower(inputs).compile(), inputs
 
 
-kinds = pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit], ids=["auto", "explicit"])
+EXPLICIT = pytest.param(AxisType.Explicit, id="explicit", marks=pytest.mark.slow)
+kinds = pytest.mark.parametrize("kind", [pytest.param(AxisType.Auto, id="auto"), EXPLICIT])
 
 
 @on_devices
@@ -139,6 +141,7 @@ def test_shard_map_by_the_caller(check):
     assert_same(jax.jit(lambda x: both(op, x))(inputs_of()), alone())
 
 
+@pytest.mark.slow
 @on_devices
 def test_shard_map_with_shared_inputs():
     """Some inputs are the same on every device: their gradients are summed over the devices."""
