@@ -4,6 +4,7 @@ import contextlib
 from collections.abc import Iterator
 
 import jax
+import pytest
 
 
 @contextlib.contextmanager
@@ -15,3 +16,10 @@ def unoptimized() -> Iterator[None]:
         yield
     finally:
         jax.config.update("jax_disable_most_optimizations", before)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def compiled_fast() -> Iterator[None]:
+    """For every test of a folder whose conftest.py imports it."""
+    with unoptimized():
+        yield
