@@ -2,13 +2,13 @@
 
 Each half of a head's columns has a block of threads. With the letters of `pallas_kernels.hopper.forward`:
 
-- the state warpgroup does only what the next chunk waits for, and the output warpgroup follows; both are those of
-  `pallas_kernels.hopper.scan`;
-- two helpers make inverse and scores ahead of them, as in `forward`; the loader sends for what is read.
+- the state warpgroup, that of `pallas_kernels.hopper.scan`, does only what the next chunk waits for;
+- the output warpgroup follows with O = Q S + P U, where P = tril(Q Kᵀ) never leaves its registers;
+- two helpers make the inverse ahead of them, as in `forward`; the loader sends for what is read.
 
-The two blocks of a head are a cluster. Each makes every other chunk's inverse and scores, and writes them to the shared
-memory of both: four helpers work for a head, and nothing is made twice. The interpreter knows no such writes; there,
-each block makes all for itself.
+The two blocks of a head are a cluster. Each makes the inverse of every other chunk, and writes it to the shared memory
+of both: four helpers work for a head, and none of an inverse is made twice. The interpreter knows no such writes;
+there, each block makes all for itself.
 """
 
 from types import SimpleNamespace
@@ -17,9 +17,10 @@ import jax
 import jax.experimental.pallas as pl
 import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
+from jax import lax
 
 from pallas_kernels.hopper.forward_helper import LOADER_REGISTERS, helper, loader
-from pallas_kernels.hopper.inverse import BLOCK
+from pallas_kernels.hopper.inverse import BLOCK, fresh
 from pallas_kernels.hopper.mosaic import (
     CHUNK,
     F32,
@@ -29,16 +30,19 @@ from pallas_kernels.hopper.mosaic import (
     check_registers,
     interpreting,
     launch,
+    matmul,
+    part_of,
+    place,
+    product,
     set_registers,
     smem,
     stage,
 )
-from pallas_kernels.hopper.scan import output_warpgroup
 from pallas_kernels.hopper.scan_state import state_warpgroup
 
 HELPERS = 2
 # Of a thread. A launch gives five warpgroups 96 each.
-REGISTERS = dict(loader=LOADER_REGISTERS, state=168, output=80, helper=104)
+REGISTERS = dict(loader=LOADER_REGISTERS, state=168, output=104, helper=88)
 
 
 def serves(heads, value_dim, vectors, *, tied, save):
@@ -58,9 +62,8 @@ def forward(key, query, value, vectors, initial, *, scale, exact=False):
         final=jax.ShapeDtypeStruct((batch, heads, value_dim, key_dim), F32),
     )
     streams = HELPERS * (1 + shared)  # that a head's chunks are dealt out to
-    # a key waits for four helpers; shared memory is full, and a second place for values would be the least of it
-    keys, queries, values = Ring.of("keys", 5, streams), Ring.of("queries", 2, streams), Ring.of("values", 1, streams)
-    products = Ring.of("products", 3 if shared else HELPERS, streams)
+    keys, queries, values = Ring.of("keys", 6, streams), Ring.of("queries", 2, streams), Ring.of("values", 2, streams)
+    products = Ring.of("products", 3 if shared else 4, streams)
     states, updates = Ring.of("states", 1, 1), Ring.of("updates", 1, 1)
     own = dict(  # a place for each helper
         blocks_s=smem((HELPERS, 1, BLOCK + CHUNK, BLOCK), jnp.float16),
@@ -68,13 +71,12 @@ def forward(key, query, value, vectors, initial, *, scale, exact=False):
         keys_s=plgpu.SMEM((HELPERS, 4, CHUNK), F32),
         helper_stage=stage(jnp.float16, HELPERS),
     )
-    absent = ("causal_s", "erase_s", "left_s", "right_s", "sums_r", "sums_c", "documents_r", "documents_c")
+    absent = ("causal_s", "scores_s", "erase_s", "left_s", "right_s", "sums_r", "sums_c", "documents_r", "documents_c")
     scratch = dict.fromkeys(absent) | dict(
         k_s=smem((keys.slots, CHUNK, key_dim), dtype),
         q_s=smem((queries.slots, CHUNK, key_dim), dtype),
         v_s=smem((values.slots, 1, *SQUARE), dtype),
         solve_s=smem((products.slots, *SQUARE), dtype),
-        scores_s=smem((products.slots, *SQUARE), dtype),
         states_s=smem((states.slots, 64, key_dim), dtype),
         updates_s=smem((updates.slots, *SQUARE), dtype),
         output_s=smem(SQUARE, dtype),
@@ -82,10 +84,11 @@ def forward(key, query, value, vectors, initial, *, scale, exact=False):
         numbers_r=plgpu.SMEM((CHUNK,), jnp.int32),  # 0 … 63, to be read by rows and by columns
         numbers_c=plgpu.SMEM((CHUNK,), jnp.int32),
         state_stage=stage(dtype, 1),
-        **keys.barriers(2, 1),
+        output_stage=stage(dtype, 1),
+        **keys.barriers(2, 2),
         **queries.barriers(1, 1),
         **values.barriers(1, 1),
-        **products.barriers(1 + shared, 2, shared),  # a tile at a time from the other block; for state and output
+        **products.barriers(1, 1, shared),
         **states.barriers(1, 1),
         **updates.barriers(1, 1),
     )
@@ -94,7 +97,7 @@ def forward(key, query, value, vectors, initial, *, scale, exact=False):
         writers=1, helpers=HELPERS, warpgroups=HELPERS + 3, streams=streams, helper_registers=REGISTERS["helper"],
         dtype=dtype, scale=scale, exact=exact, tied=True, folded=True, save=False, read=True, fed=True, shared=shared,
         given=initial is not None, decayed=False, summed=False, masked=False, skipping=False,
-        keys=keys, queries=queries, values=values, products=products, scores=products, solves=products,
+        keys=keys, queries=queries, values=values, products=products, solves=products,
         states=states, updates=updates, own=tuple(own),
     )  # fmt: skip
     counts = dict(state=1, output=1, helper=HELPERS, loader=1)
@@ -109,5 +112,45 @@ def _state(config, r, w):
 
 
 def _output(config, r, w):
+    """The output warpgroup: what the tokens of a chunk read of the state before it and of the chunk's own updates."""
     set_registers(REGISTERS["output"], config.warpgroups)
-    output_warpgroup(config, r, w)
+    columns = pl.ds(r.c * 64, 64)
+    keys, queries, states, updates = config.keys, config.queries, config.states, config.updates
+
+    def step(n, carry):
+        plgpu.barrier_wait(keys.full(r, n))
+        plgpu.barrier_wait(queries.full(r, n))
+        scores, out = _read(config, r, n)
+        plgpu.barrier_wait(updates.full(r, n))
+        out = matmul(scores, r.updates_s.at[fresh(r) + updates.place(n)], SQUARE, init=out, staged=part_of(r.output_stage, 0))
+        plgpu.barrier_arrive(updates.free(r, n))
+        plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+        r.output_s[...] = (out * config.scale if config.scale != 1 else out).astype(config.dtype)
+        plgpu.commit_smem()
+        plgpu.copy_smem_to_gmem(r.output_s, r.output.at[r.b, pl.ds(n * CHUNK, CHUNK), r.h, columns])
+        return carry
+
+    lax.fori_loop(0, config.chunks, step, None)
+    plgpu.wait_smem_to_gmem(0)
+
+
+def _read(config, r, n):
+    """P, rounded, and what the queries read of the state before the chunk; the latter runs while P is masked."""
+    keys, queries, states = config.keys, config.queries, config.states
+    q_s, k_s = r.q_s.at[queries.place(n)], r.k_s.at[keys.place(n)]
+    zero = fresh(r)
+
+    def multiply(scores, out):
+        product(scores, q_s, k_s.T)
+        plgpu.barrier_wait(states.full(r, n))
+        product(out, q_s, r.states_s.at[zero + states.place(n)].T)
+        made = lax.optimization_barrier(plgpu.wgmma_accumulator_load(scores, wait_n=1))
+        plgpu.barrier_arrive(keys.free(r, n))
+        row, column = place(r)
+        made = lax.optimization_barrier(jnp.where(row >= column, made, 0.0)).astype(config.dtype)
+        return made, plgpu.wgmma_accumulator_load(out, wait_n=0)
+
+    made, out = lax.optimization_barrier(pl.run_scoped(multiply, plgpu.ACC(SQUARE, F32), plgpu.ACC(SQUARE, F32)))
+    plgpu.barrier_arrive(states.free(r, n))
+    plgpu.barrier_arrive(queries.free(r, n))
+    return made, out

@@ -112,19 +112,19 @@ def helper(config, r, i):
         plgpu.barrier_wait(keys.full(r, n))
 
         def midway():
-            n = anew()
             if not config.fed:
+                n = anew()
                 pl.when(n >= config.helpers)(lambda: _recycle(config, r, n - config.helpers))
-            pl.when(n >= products.slots)(lambda: plgpu.barrier_wait(products.free(r, n - products.slots)))
+                pl.when(n >= products.slots)(lambda: plgpu.barrier_wait(products.free(r, n - products.slots)))
 
         slot = keys.place(n)
         write_inverse(config, r, slot, partial(_put, config, r, anew), decay_mask(config, r, slot), midway)
-        _write_scores(config, r, anew())
+        if r.scores_s is not None:
+            _write_scores(config, r, anew())
         if config.save:  # one of the blocks of a head does
             pl.when(r.c == 0)(lambda: _save(config, r, anew()))
         plgpu.commit_smem()
-        for _ in range(1 + config.shared):  # as often as who writes to another block, a tile at a time
-            plgpu.barrier_arrive(products.full(r, anew()))
+        plgpu.barrier_arrive(products.full(r, anew()))
         return carry
 
     turns = lax.div(config.chunks - 1 - stream + config.streams, jnp.int32(config.streams))
@@ -163,6 +163,8 @@ def _write_scores(config, r, n):
 def _put(config, r, n, name, value):
     """What a helper made of chunk n() to where the state warpgroups read it, those of the cluster's other block too."""
     place = lambda: getattr(r, name).at[config.products.place(n())]
+    if config.fed:
+        config.products.wait_place(r, n())
     if config.shared:
         full = config.products.full(r, n())
         plgpu.async_store_smem(value, place(), full, cluster_idx=1 - r.c, cluster_dim="c")

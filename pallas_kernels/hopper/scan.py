@@ -152,14 +152,14 @@ def _scan(name, key, query, value, solve, vectors, documents, starts, outputs, *
         fed=False, shared=False,
     )  # fmt: skip
     roles = (
-        ((writers, state_warpgroup), (1, output_warpgroup), (1, _helper))
+        ((writers, state_warpgroup), (1, _output), (1, _helper))
         if read
         else ((writers, state_warpgroup), (1, _helper))
     )
     return launch(name, config, inputs, outputs, scratch, (batch, heads, pieces * config.blocks), *roles)
 
 
-def output_warpgroup(config, r, _):
+def _output(config, r, _):
     """The output warpgroup: what the tokens of a chunk read of the state before it and of the chunk's own updates."""
     _, first, count = piece_of(config, r)
     columns = pl.ds(group_of(config, r, 0) * 64, 64)
@@ -174,19 +174,14 @@ def output_warpgroup(config, r, _):
             out = out * config.scale
         if config.decayed:
             out = out * per_column(plgpu.load(r.read_s.at[queries.place(i)], layout=COLS), SQUARE)
-        if not config.fed:  # else what makes the scores may still read them
-            plgpu.barrier_arrive(queries.free(r, i))
+        plgpu.barrier_arrive(queries.free(r, i))
         plgpu.barrier_wait(scores.full(r, i))
-        if config.fed:
-            plgpu.barrier_arrive(queries.free(r, i))
-        if config.shared:
-            plgpu.commit_smem()  # what another block wrote, which the product reads through another proxy
         plgpu.barrier_wait(updates.full(r, i))
         inner = r.updates_s.at[updates.place(i)].T, r.scores_s.at[scores.place(i)].T
         out = matmul(*inner, SQUARE, init=out, staged=r.state_stage)
         plgpu.barrier_arrive(updates.free(r, i))
+        plgpu.barrier_arrive(scores.free(r, i))
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-        plgpu.barrier_arrive(scores.free(r, i))  # in a cluster one thread does, for all that have just been waited for
         r.output_s.T[...] = out.astype(config.dtype)
         plgpu.commit_smem()
         plgpu.copy_smem_to_gmem(r.output_s, r.output.at[r.b, pl.ds((first + i) * CHUNK, CHUNK), r.h, columns])
