@@ -14,6 +14,7 @@ import statistics
 import subprocess
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Any
 
@@ -109,8 +110,8 @@ def decode_program(shape: Shape, choice: dict[str, int]) -> Callable[[], Any]:
 
 def measure(programs: list[Callable[[], Any]], rounds: int) -> list[float]:
     """Median seconds of a step of each, timed in turns."""
-    for program in programs:
-        program()
+    with ThreadPoolExecutor() as pool:  # they compile side by side
+        list(pool.map(lambda program: program(), programs))
     samples: list[list[float]] = [[] for _ in programs]
     for _ in range(rounds):
         for program, times in zip(programs, samples, strict=True):
