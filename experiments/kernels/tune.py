@@ -50,12 +50,13 @@ def pieces_candidates(direction: str, shape: Shape) -> tuple[dict[str, int], lis
     """The kernels' own choice of pieces for (B, T, H, K, V), one piece, what is next to the own choice, and one piece
     in the kernel of few heads, which only a forward pass can take."""
     batch, length, heads, _, value_dim = shape
-    own = pieces.fill(batch * heads, length)
-    near = {1, own, *(n for n in (own // 2, own * 2) if n > 1 and n * pieces.SHORTEST * CHUNK <= length)}
-    choices = [dict(pieces=n) for n in sorted(near)]
+    fill = pieces.fill(batch * heads, length)
+    near = {1, fill, *(n for n in (fill // 2, fill * 2) if n > 1 and n * pieces.SHORTEST * CHUNK <= length)}
+    choices, own = [dict(pieces=n) for n in sorted(near)], dict(pieces=fill)
     if direction == "forward" and few_heads.serves(batch * heads, value_dim, ("gain",), tied=True, save=False):
         choices.append(dict(pieces=1, apart=1))
-    return dict(pieces=own), choices
+        own = choices[-1] if fill == pieces.APART else own
+    return own, choices
 
 
 def pieces_program(direction: str, shape: Shape, choice: dict[str, int]) -> Callable[[], Any]:

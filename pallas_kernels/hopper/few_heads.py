@@ -115,14 +115,15 @@ def _output(config, r, w):
     """The output warpgroup: what the tokens of a chunk read of the state before it and of the chunk's own updates."""
     set_registers(REGISTERS["output"], config.warpgroups)
     columns = pl.ds(r.c * 64, 64)
-    keys, queries, states, updates = config.keys, config.queries, config.states, config.updates
+    keys, queries, updates = config.keys, config.queries, config.updates
 
     def step(n, carry):
         plgpu.barrier_wait(keys.full(r, n))
         plgpu.barrier_wait(queries.full(r, n))
         scores, out = _read(config, r, n)
         plgpu.barrier_wait(updates.full(r, n))
-        out = matmul(scores, r.updates_s.at[fresh(r) + updates.place(n)], SQUARE, init=out, staged=part_of(r.output_stage, 0))
+        updates_s = r.updates_s.at[fresh(r) + updates.place(n)]
+        out = matmul(scores, updates_s, SQUARE, init=out, staged=part_of(r.output_stage, 0))
         plgpu.barrier_arrive(updates.free(r, n))
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)
         r.output_s[...] = (out * config.scale if config.scale != 1 else out).astype(config.dtype)

@@ -11,6 +11,7 @@ from pallas_kernels.hopper import blocks
 from pallas_kernels.hopper.mosaic import CHUNK, PROCESSORS
 
 SHORTEST = 8  # chunks of a piece; below, what pieces cost besides is more than they save
+APART = 2  # where so many pieces would fill the card, the kernel of few heads is faster than pieces, and than one
 
 
 class Plan(NamedTuple):
@@ -19,8 +20,7 @@ class Plan(NamedTuple):
     fused: one kernel makes the inverse and walks the chunks; else `prepare` and `scan` do.
     forward, backward: chunks of a piece in either pass. Pieces of the forward pass are one or several of the backward
     pass, which are those that summaries are made of.
-    apart: a fused forward pass whose states and outputs have warpgroups of their own, for a call that
-    `few_heads.serves`. By measurement only.
+    apart: a call that `few_heads.serves` goes to that kernel, whatever else is said here.
     """
 
     fused: bool
@@ -35,8 +35,11 @@ def plan(direction: str, heads: int, length: int, key_dim: int, value_dim: int) 
     direction: "forward", or "both" where a backward pass follows. heads: B·H. value_dim: 64 or 128.
     """
     measured = blocks.lookup(direction, key_dim, value_dim, heads, length)
-    whole = cut(direction, heads, length, value_dim, measured.get("pieces") or fill(heads, length))
-    return whole._replace(apart=whole.fused and bool(measured.get("apart")))
+    pieces = fill(heads, length)
+    apart = direction == "forward" and bool(measured.get("apart", not measured and pieces == APART))
+    if not apart:
+        pieces = measured.get("pieces", pieces)
+    return cut(direction, heads, length, value_dim, pieces)._replace(apart=apart)
 
 
 def cut(direction: str, heads: int, length: int, value_dim: int, pieces: int) -> Plan:

@@ -152,9 +152,7 @@ def _scan(name, key, query, value, solve, vectors, documents, starts, outputs, *
         fed=False, shared=False,
     )  # fmt: skip
     roles = (
-        ((writers, state_warpgroup), (1, _output), (1, _helper))
-        if read
-        else ((writers, state_warpgroup), (1, _helper))
+        ((writers, state_warpgroup), (1, _output), (1, _helper)) if read else ((writers, state_warpgroup), (1, _helper))
     )
     return launch(name, config, inputs, outputs, scratch, (batch, heads, pieces * config.blocks), *roles)
 

@@ -23,6 +23,7 @@ CASES = {
     ),
     "euler": (Case(8, 512, 16, 128, 128), "euler"),
     "few heads": (Case(1, 900, 4, 128, 128, documents=4, state=True), "exact"),
+    "few heads, all in one kernel": (Case(2, 1100, 20, 128, 128, 10, state=True), "exact"),
     "in pieces": (Case(1, 8192, 2, 128, 128), "exact"),
 }  # fmt: skip
 

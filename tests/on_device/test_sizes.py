@@ -19,6 +19,7 @@ from efla_jax.evaluation.op_accuracy import (
     differences,
     draw,
     exact,
+    forward,
     forward_backward,
     sample,
     suspects,
@@ -40,6 +41,7 @@ CASES = {
     "K = 128, V = 64": Case(2, 200, 4, 128, 64, log_decay=True, state=True),
     "padded K and V": Case(2, 333, 3, 80, 100, documents=2, state=True),
 }
+ALONE = Case(2, 1100, 20, 128, 128, 10, state=True)
 
 
 def results(implementation, rule, inputs, cotangents):
@@ -67,17 +69,41 @@ def first_and_last(case):
     return part._replace(rows=ends(part.rows), key_heads=ends(part.key_heads))
 
 
-@pytest.mark.parametrize(
+RULES = pytest.mark.parametrize(
     ("rule", "dtype"), [("exact", "bfloat16"), ("euler", "bfloat16"), (DELTA_RULE, "bfloat16"), ("exact", "float16")]
 )
+
+
+@RULES
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 def test_accurate(case, rule, dtype):
+    """Results and gradients, by the kernels that save what the gradients need."""
     inputs, cotangents = draw(replace(case, dtype=dtype), 0)
     inputs = with_coefficients(inputs) if rule == DELTA_RULE else inputs
     part = first_and_last(case)
     got, xla = (part.take(results(name, rule, inputs, cotangents)) for name in ("pallas_gpu", "xla"))
     want = loop(part, inputs, cotangents, rule)
-    want = {name: want[name] for name in got}
+    check(got, xla, {name: want[name] for name in got}, dtype)
+
+
+@RULES
+@pytest.mark.parametrize("case", [*CASES.values(), ALONE], ids=[*CASES, "few heads, all in one kernel"])
+def test_forward_alone(case, rule, dtype):
+    """Results, by the kernels that save nothing."""
+    inputs, _ = draw(replace(case, dtype=dtype), 0)
+    inputs = with_coefficients(inputs) if rule == DELTA_RULE else inputs
+    part = first_and_last(case)
+
+    def run(implementation):
+        call = partial(attention(rule), implementation=implementation, scale=SCALE)
+        return part.take(jax.jit(partial(forward, call))(inputs))
+
+    taken = part.take(inputs)
+    want = exact(taken | dict(query=SCALE * taken["query"].astype(np.float64)), None, rule)
+    check(run("pallas_gpu"), run("xla"), want, dtype)
+
+
+def check(got, xla, want, dtype):
     assert not suspects(differences(got, want))
     if dtype == "bfloat16":
         found = too_far(got, want, xla)

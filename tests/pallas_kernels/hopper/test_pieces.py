@@ -35,7 +35,7 @@ def test_fill(heads, length, count):
     [
         ("both", 128, 2048, 128, Plan(True, 32, 32)),
         ("both", 64, 4096, 128, Plan(True, 64, 32)),  # of two pieces no map is needed
-        ("forward", 64, 4096, 128, Plan(True, 64, 64)),
+        ("forward", 64, 4096, 128, Plan(True, 64, 64, apart=True)),
         ("forward", 32, 8192, 128, Plan(False, 128, 128)),  # the scan alone takes no longer
         ("both", 32, 8192, 128, Plan(False, 64, 32)),
         ("forward", 16, 16384, 128, Plan(False, 64, 64)),
@@ -53,10 +53,20 @@ def test_a_measured_count_comes_first(monkeypatch):
     assert pieces.plan("both", 128, 2048, 128, 128) == Plan(False, 16, 8)
 
 
-@pytest.mark.parametrize(("count", "apart"), [(1, True), (4, False)])
-def test_only_a_fused_kernel_has_states_and_outputs_apart(monkeypatch, count, apart):
-    monkeypatch.setattr(blocks, "lookup", lambda *args: {"pieces": count, "apart": 1})
-    assert pieces.plan("forward", 64, 4096, 128, 128).apart == apart
+@pytest.mark.parametrize(
+    ("heads", "measured", "want"),
+    [
+        (32, {"pieces": 1, "apart": 1}, Plan(False, 128, 128, apart=True)),  # else as many pieces as fill the card
+        (64, {"pieces": 2}, Plan(True, 128, 128)),
+        (32, {}, Plan(False, 128, 128)),
+    ],
+    ids=str,
+)
+def test_states_and_outputs_apart(monkeypatch, heads, measured, want):
+    """As measured. What the kernel of few heads does not serve is cut as if there were no such kernel."""
+    monkeypatch.setattr(blocks, "lookup", lambda *args: measured)
+    assert pieces.plan("forward", heads, 8192, 128, 128) == want
+    assert not pieces.plan("both", heads, 8192, 128, 128).apart
 
 
 @pytest.mark.usefixtures("interpreted")
