@@ -23,7 +23,7 @@ test-slow: setup  ## the tests marked slow
 
 test-jax-next: setup  ## the kernels' tests that are not slow, on the newest JAX 0.12, in an environment of its own
 	@bash .ci/environment.sh jax-next
-	.cache/jax-next/bin/python -m pytest -n 2 -m "not slow" tests/pallas_kernels/hopper
+	.cache/jax-next/bin/python -m pytest -n 2 -m "not slow" tests/pallas_kernels/hopper tests/pallas_kernels/tpu
 
 # Without autotuning a program compiles sooner, and sums in one order. `make test-gpu PYTHON=python3` takes another
 # environment than .venv; WORKERS processes share the card.
