@@ -2,15 +2,16 @@
 
 python -m experiments.kernels.parts [--shapes=8x2048x16x128,…] [--calls=60]
 
-Times the kernel as it is; without the inverse and the scores ("state": the state warpgroups are given zeros, and take
-as long); with state warpgroups that only hand back what they were given ("helpers"); and
-without either ("copies"). Microseconds a call, the least of five rounds, and for each chunk of a row.
+Times the kernel as it is; without the inverse and the scores that helpers make ("state": the state warpgroups are given
+zeros, and take as long); with state and output warpgroups that only hand back what they were given ("helpers"); without
+either ("copies"); and with all but the copies ("no copies": they multiply what lies in shared memory). Microseconds a
+call, the least of five rounds, and for each chunk of a row.
 """
 
 import contextlib
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from types import ModuleType
 from unittest import mock
 
@@ -55,7 +56,7 @@ def idle_few_state(config, r, w):
 
 def idle_few_output(config, r, w):
     set_registers(few_heads.REGISTERS["output"], config.warpgroups)
-    _idle(config, r, config.products, config.queries)
+    _idle(config, r, config.keys, config.queries)
 
 
 def _zeros(config):
@@ -70,6 +71,20 @@ def no_inverse(config, r, slot, put, decay, midway):
 def no_scores(config, r, n):
     plgpu.barrier_wait(config.queries.full(r, n))
     forward_helper._put(config, r, lambda: n, "scores_s", _zeros(config))
+
+
+def no_loads(config, r):
+    """As `_loads`, of a call without decay and documents; what would be sent for is said to be there."""
+    arrivals = dict(keys=2, queries=1, values=config.writers)
+
+    def there(ring):
+        def load(n):
+            for _ in range(arrivals[ring.name]):
+                plgpu.barrier_arrive(ring.full(r, n))
+
+        return load
+
+    return tuple((ring, there(ring)) for ring in (config.values, config.queries, config.keys))
 
 
 Replaced = dict[tuple[ModuleType, str], Callable]
@@ -87,7 +102,18 @@ PARTS: dict[str, Replaced] = {
     "state": NO_INVERSE,
     "helpers": IDLE,
     "copies": NO_INVERSE | IDLE,
+    "no copies": {(forward_helper, "_loads"): no_loads},
 }
+
+
+@contextlib.contextmanager
+def only(part: str) -> Iterator[None]:
+    """Kernels that are traced here have this part alone."""
+    with contextlib.ExitStack() as stack:
+        for (module, function), replacement in PARTS[part].items():
+            stack.enter_context(mock.patch.object(module, function, replacement))
+        jax.clear_caches()  # the kernel is traced anew
+        yield
 
 
 def microseconds(shape: tuple[int, ...], calls: int) -> float:
@@ -114,15 +140,12 @@ def main(argv: list[str]) -> None:
     if getattr(jax.devices()[0], "compute_capability", None) != "9.0":
         raise app.UsageError(f"this is {jax.devices()[0].device_kind}; the kernels need a Hopper GPU")
     print(jax.devices()[0].device_kind)
-    for name, replaced in PARTS.items():
-        with contextlib.ExitStack() as stack:
-            for (module, function), replacement in replaced.items():
-                stack.enter_context(mock.patch.object(module, function, replacement))
-            jax.clear_caches()  # the kernel is traced anew
+    for name in PARTS:
+        with only(name):
             for text in _SHAPES.value:
                 shape = tuple(map(int, text.split("x")))
                 took = microseconds(shape, _CALLS.value)
-                print(f"{name:8} {text:16} {took:8.1f} us  {took * CHUNK / shape[1]:.3f} us a chunk", flush=True)
+                print(f"{name:9} {text:16} {took:8.1f} us  {took * CHUNK / shape[1]:.3f} us a chunk", flush=True)
 
 
 if __name__ == "__main__":
