@@ -8,6 +8,7 @@ either ("copies"); and with all but the copies ("no copies": they multiply what 
 call, the least of five rounds, and for each chunk of a row.
 """
 
+import argparse
 import contextlib
 import sys
 import time
@@ -18,14 +19,10 @@ from unittest import mock
 import jax
 import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
-from absl import app, flags
 
 from efla_jax import efla_attention
 from pallas_kernels.hopper import few_heads, forward_helper, op
 from pallas_kernels.hopper.mosaic import CHUNK, TILE, set_registers
-
-_SHAPES = flags.DEFINE_list("shapes", ["8x2048x16x128", "4x4096x16x128", "16x2048x16x64"], "BxTxHxD")
-_CALLS = flags.DEFINE_integer("calls", 60, "calls of a round", lower_bound=1)
 
 FORWARD = sys.modules[op.forward_kernel.__module__]  # the package's name `forward` is the function
 
@@ -134,19 +131,21 @@ def microseconds(shape: tuple[int, ...], calls: int) -> float:
     return min(rounds)
 
 
-def main(argv: list[str]) -> None:
-    if argv[1:]:
-        raise app.UsageError(f"unknown arguments {argv[1:]}")
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Times the parts of the forward kernels.")
+    parser.add_argument("--shapes", default="8x2048x16x128,4x4096x16x128,16x2048x16x64", help="BxTxHxD, …")
+    parser.add_argument("--calls", type=int, default=60, help="calls of a round")
+    given = parser.parse_args()
     if getattr(jax.devices()[0], "compute_capability", None) != "9.0":
-        raise app.UsageError(f"this is {jax.devices()[0].device_kind}; the kernels need a Hopper GPU")
+        parser.error(f"this is {jax.devices()[0].device_kind}; the kernels need a Hopper GPU")
     print(jax.devices()[0].device_kind)
     for name in PARTS:
         with only(name):
-            for text in _SHAPES.value:
+            for text in given.shapes.split(","):
                 shape = tuple(map(int, text.split("x")))
-                took = microseconds(shape, _CALLS.value)
+                took = microseconds(shape, given.calls)
                 print(f"{name:9} {text:16} {took:8.1f} us  {took * CHUNK / shape[1]:.3f} us a chunk", flush=True)
 
 
 if __name__ == "__main__":
-    app.run(main)
+    main()

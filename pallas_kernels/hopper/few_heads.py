@@ -38,7 +38,7 @@ from pallas_kernels.hopper.mosaic import (
     smem,
     stage,
 )
-from pallas_kernels.hopper.scan_state import state_warpgroup
+from pallas_kernels.hopper.scan_state import piece_of, state_warpgroup
 
 HELPERS = 2
 # Of a thread. A launch gives five warpgroups 96 each.
@@ -50,13 +50,18 @@ def serves(heads, value_dim, vectors, *, tied, save):
     return value_dim == 128 and 2 * heads <= PROCESSORS and tied and not save and set(vectors) == {"gain"}
 
 
-def forward(key, query, value, vectors, initial, *, scale, exact=False):
-    """Output [B, T, H, V] and final [B, H, V, K] float32; arguments as of `forward`, for a call that `serves`."""
+def forward(key, query, value, vectors, starts, *, scale, exact=False, share):
+    """Output [B, T, H, V] and final [B, H, V, K] float32, for a call that `serves`.
+
+    Args: as of `forward`, but for
+        starts: [B, H, P, V, K] float32, the state before each piece, or None for zeros.
+        share: chunks of a piece, of which the last may have fewer. Pieces are clusters of their own.
+    """
     batch, length, key_heads, key_dim = key.shape
     heads, value_dim = value.shape[2:]
     dtype, chunks, shared = value.dtype, pl.cdiv(length, CHUNK), not interpreting()
     inputs = dict(query=query, key=key, value=value, gain_v=vectors["gain"])
-    inputs |= dict(starts=initial[:, :, None]) if initial is not None else {}
+    inputs |= dict(starts=starts) if starts is not None else {}
     outputs = dict(
         output=jax.ShapeDtypeStruct(value.shape, dtype),
         final=jax.ShapeDtypeStruct((batch, heads, value_dim, key_dim), F32),
@@ -93,17 +98,29 @@ def forward(key, query, value, vectors, initial, *, scale, exact=False):
         **updates.barriers(1, 1),
     )
     config = SimpleNamespace(
-        chunks=chunks, share=chunks, pieces=1, group=heads // key_heads, blocks=2, key_dim=key_dim, value_groups=2,
-        writers=1, helpers=HELPERS, warpgroups=HELPERS + 3, streams=streams, helper_registers=REGISTERS["helper"],
-        dtype=dtype, scale=scale, exact=exact, tied=True, folded=True, save=False, read=True, fed=True, shared=shared,
-        given=initial is not None, decayed=False, summed=False, masked=False, skipping=False,
-        keys=keys, queries=queries, values=values, products=products, solves=products,
-        states=states, updates=updates, own=tuple(own),
+        chunks=chunks, share=share, pieces=pl.cdiv(chunks, share), group=heads // key_heads, blocks=2, key_dim=key_dim,
+        value_groups=2, writers=1, helpers=HELPERS, warpgroups=HELPERS + 3, streams=streams,
+        helper_registers=REGISTERS["helper"], dtype=dtype, scale=scale, exact=exact, tied=True, folded=True, save=False,
+        read=True, fed=True, shared=shared, given=starts is not None, decayed=False, summed=False, masked=False,
+        skipping=False, keys=keys, queries=queries, values=values, products=products, solves=products, states=states,
+        updates=updates, own=tuple(own),
     )  # fmt: skip
     counts = dict(state=1, output=1, helper=HELPERS, loader=1)
     check_registers(*((count, REGISTERS[name]) for name, count in counts.items()))
-    roles = (1, loader), (1, _state), (1, _output), (HELPERS, helper)
-    return launch("efla_few_heads", config, inputs, outputs, scratch | own, (batch, heads, 2), *roles, clustered=shared)
+    roles = (1, _in_piece(loader)), (1, _in_piece(_state)), (1, _in_piece(_output)), (HELPERS, _in_piece(helper))
+    grid = batch, heads * config.pieces, 2
+    return launch("efla_few_heads", config, inputs, outputs, scratch | own, grid, *roles, clustered=shared)
+
+
+def _in_piece(role):
+    """role, with a head in r.h, and in r.c what `scan_state.piece_of` takes: the columns of each piece in turn."""
+
+    def run(config, r, w):
+        pieces = jnp.int32(config.pieces)
+        at = dict(h=lax.div(r.h, pieces), c=lax.rem(r.h, pieces) * config.blocks + r.rank)
+        role(config, SimpleNamespace(**r.__dict__ | at), w)
+
+    return run
 
 
 def _state(config, r, w):
@@ -114,7 +131,8 @@ def _state(config, r, w):
 def _output(config, r, w):
     """The output warpgroup: what the tokens of a chunk read of the state before it and of the chunk's own updates."""
     set_registers(REGISTERS["output"], config.warpgroups)
-    columns = pl.ds(r.c * 64, 64)
+    _, first, count = piece_of(config, r)
+    columns = pl.ds(r.rank * 64, 64)
     keys, queries, updates = config.keys, config.queries, config.updates
 
     def step(n, carry):
@@ -128,10 +146,10 @@ def _output(config, r, w):
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)
         r.output_s[...] = (out * config.scale if config.scale != 1 else out).astype(config.dtype)
         plgpu.commit_smem()
-        plgpu.copy_smem_to_gmem(r.output_s, r.output.at[r.b, pl.ds(n * CHUNK, CHUNK), r.h, columns])
+        plgpu.copy_smem_to_gmem(r.output_s, r.output.at[r.b, pl.ds((first + n) * CHUNK, CHUNK), r.h, columns])
         return carry
 
-    lax.fori_loop(0, config.chunks, step, None)
+    lax.fori_loop(0, count, step, None)
     plgpu.wait_smem_to_gmem(0)
 
 

@@ -21,17 +21,28 @@ from pallas_kernels.hopper.mosaic import (
     set_registers,
     write_numbers,
 )
+from pallas_kernels.hopper.scan_state import piece_of
 
 LOADER_REGISTERS = 24
+
+
+def _chunks(config, r):
+    """The first of the chunks that the block walks, and how many; all of the row, or (few heads) those of its piece."""
+    if not config.fed:
+        return 0, config.chunks
+    _, first, count = piece_of(config, r)
+    return first, count if config.chunks % config.share else config.share
 
 
 def _loads(config, r):
     """(ring, function of n that sends for what of chunk n goes through it), in the order in which places get free."""
     head = lax.div(r.h, config.group)
     keys, queries, values = config.keys, config.queries, config.values
+    first, _ = _chunks(config, r)
+    rows_of = lambda n: pl.ds((first + n) * CHUNK, CHUNK)
 
     def load_keys(n):
-        rows, slot, bar = pl.ds(n * CHUNK, CHUNK), keys.place(n), keys.full(r, n)
+        rows, slot, bar = rows_of(n), keys.place(n), keys.full(r, n)
         plgpu.copy_gmem_to_smem(r.key.at[r.b, rows, head], r.k_s.at[slot], bar)
         for name in ("gain_s", "left_s", "right_s", "sums_r", "sums_c"):
             target = getattr(r, name)
@@ -43,14 +54,13 @@ def _loads(config, r):
                 plgpu.copy_gmem_to_smem(r.documents.at[r.b, rows], target.at[slot], bar)
 
     def load_queries(n):
-        rows = pl.ds(n * CHUNK, CHUNK)
-        plgpu.copy_gmem_to_smem(r.query.at[r.b, rows, head], r.q_s.at[queries.place(n)], queries.full(r, n))
+        plgpu.copy_gmem_to_smem(r.query.at[r.b, rows_of(n), head], r.q_s.at[queries.place(n)], queries.full(r, n))
 
     def load_values(n):
-        rows, slot, bar = pl.ds(n * CHUNK, CHUNK), values.place(n), values.full(r, n)
+        slot, bar = values.place(n), values.full(r, n)
         for w in range(config.writers):
-            columns = pl.ds((r.c * config.writers + w) * 64, 64)
-            plgpu.copy_gmem_to_smem(r.value.at[r.b, rows, r.h, columns], r.v_s.at[slot, w], bar)
+            columns = pl.ds((r.rank * config.writers + w) * 64, 64)
+            plgpu.copy_gmem_to_smem(r.value.at[r.b, rows_of(n), r.h, columns], r.v_s.at[slot, w], bar)
 
     return (values, load_values), (queries, load_queries), (keys, load_keys)
 
@@ -62,10 +72,11 @@ def _begin(config, r):
         r.causal_s[...] = jnp.where(iota(0) >= iota(1), 1.0, 0.0).astype(config.dtype)
     plgpu.commit_smem()
     loads = _loads(config, r)
+    _, count = _chunks(config, r)
     for n in range(min(config.keys.slots, config.chunks)):
         for ring, load in loads[::-1]:
             if n < ring.slots:
-                load(r.first + n)
+                pl.when(count > n)(lambda load=load, n=n: load(r.first + n))
 
 
 def _recycle(config, r, n):
@@ -74,8 +85,9 @@ def _recycle(config, r, n):
     for ring, _ in loads:
         plgpu.barrier_wait(ring.free(r, n))
     plgpu.commit_smem()  # what read the place is done before the copy, which is another proxy, writes it
+    _, count = _chunks(config, r)
     for ring, load in loads:
-        pl.when(n + ring.slots < config.chunks)(lambda ring=ring, load=load: load(n + ring.slots))
+        pl.when(n + ring.slots < count)(lambda ring=ring, load=load: load(n + ring.slots))
 
 
 def loader(config, r, _):
@@ -83,15 +95,16 @@ def loader(config, r, _):
     _begin(config, r)
     set_registers(LOADER_REGISTERS, config.warpgroups)
     loads = _loads(config, r)
+    _, count = _chunks(config, r)
 
     def step(n, carry):
         for ring, load in loads:
             plgpu.barrier_wait(ring.free(r, n))
             plgpu.commit_smem()  # as in _recycle
-            pl.when(n + ring.slots < config.chunks)(lambda ring=ring, load=load: load(n + ring.slots))
+            pl.when(n + ring.slots < count)(lambda ring=ring, load=load: load(n + ring.slots))
         return carry
 
-    lax.fori_loop(0, config.chunks, step, None)
+    lax.fori_loop(0, count, step, None)
 
 
 def helper(config, r, i):
@@ -100,7 +113,7 @@ def helper(config, r, i):
     own = {name: part_of(getattr(r, name), i) for name in config.own}
     r = SimpleNamespace(**r.__dict__ | own)
     keys, products = config.keys, config.products
-    stream = i * (config.streams // config.helpers) + (r.c if config.shared else 0)
+    stream = i * (config.streams // config.helpers) + (r.rank if config.shared else 0)
     r.blocks_s.at[r.first, pl.ds(0, CHUNK)][...] = plgpu.layout_cast(jnp.zeros((CHUNK, BLOCK), jnp.float16), TILE)
     plgpu.commit_smem()
     if not config.fed:
@@ -127,7 +140,8 @@ def helper(config, r, i):
         plgpu.barrier_arrive(products.full(r, anew()))
         return carry
 
-    turns = lax.div(config.chunks - 1 - stream + config.streams, jnp.int32(config.streams))
+    _, count = _chunks(config, r)
+    turns = lax.div(count - 1 - stream + config.streams, jnp.int32(config.streams))
     lax.fori_loop(0, turns, step, None)
     if config.shared:
         return
@@ -167,7 +181,7 @@ def _put(config, r, n, name, value):
         config.products.wait_place(r, n())
     if config.shared:
         full = config.products.full(r, n())
-        plgpu.async_store_smem(value, place(), full, cluster_idx=1 - r.c, cluster_dim="c")
+        plgpu.async_store_smem(value, place(), full, cluster_idx=1 - r.rank, cluster_dim="c")
     place()[...] = value
 
 

@@ -217,7 +217,8 @@ def launch(name, config, inputs, outputs, scratch, grid, *roles, clustered=False
     """Runs a kernel whose blocks have for each of the roles (count, run) so many warpgroups, run(config, r, number).
 
     inputs, outputs (shapes) and scratch map the names that refs have in r; scratch that is None is absent, and None in
-    r too. r.b, r.h, r.c: the block's place in the grid. Indices are 32 bits wide, also where a program has enabled x64.
+    r too. r.b, r.h, r.c: the block's place in the grid; r.rank: in its cluster. Indices are 32 bits wide,
+    also where a program has enabled x64.
     clustered: blocks along the last axis of the grid run at a time and reach each other's shared memory.
 
     Returns: name -> array, of outputs.
@@ -232,6 +233,7 @@ def launch(name, config, inputs, outputs, scratch, grid, *roles, clustered=False
         r = SimpleNamespace(**dict.fromkeys(scratch), **dict(zip(names, refs, strict=True)))
         r.__dict__.update(scratch_refs)
         r.b, r.h, r.c = (lax.axis_index(axis) for axis in "bhc")
+        r.rank = r.c
         r.first = 0 * r.b  # traced: lowering takes no constant as an index, and refuses known slices over the end
         if warpgroups == 1:  # whose number is no traced one
             roles[0][1](config, r, r.first)

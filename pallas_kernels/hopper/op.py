@@ -67,12 +67,16 @@ def forward(
     initial = _transposed(initial_state, key.shape[-1], value.shape[-1])
     options = dict(scale=scale, tied=tied, save=save)
     rows = value.shape[0] * value.shape[2]
-    if plan.apart and few_heads.serves(rows, value.shape[-1], vectors, tied=tied, save=save):
-        out = few_heads.forward(key, query, value, vectors, initial, scale=scale, exact=exact)
-    elif plan.fused:
+    apart = plan.apart and few_heads.serves(rows, value.shape[-1], vectors, tied=tied, save=save)
+    if apart:
+        plan = plan._replace(fused=False, forward=plan.apart, backward=plan.apart)
+    if plan.fused:
         out = forward_kernel(key, query, value, vectors, documents, initial, exact=exact, **options)
+    elif apart and plan.apart * CHUNK >= length:
+        starts = None if initial is None else initial[:, :, None]
+        out = few_heads.forward(key, query, value, vectors, starts, scale=scale, exact=exact, share=plan.apart)
     else:
-        out = _by_scan(query, key, value, vectors, documents, initial, plan, options, exact)
+        out = _by_scan(query, key, value, vectors, documents, initial, plan, options, exact, apart)
     residuals = ()
     if save:
         residuals = tuple(out[name] for name in (*_saved(exact), "maps") if name in out)
@@ -84,12 +88,13 @@ def _plan(save, value, key):
     return pieces.plan("both" if save else "forward", batch * heads, length, key.shape[-1], value_dim)
 
 
-def _by_scan(query, key, value, vectors, documents, initial, plan, options, exact):
-    """The forward pass of few heads: the inverse of all chunks, then the scan, perhaps of pieces side by side."""
+def _by_scan(query, key, value, vectors, documents, initial, plan, options, exact, apart):
+    """The forward pass of few heads: the inverse of all chunks, then the scan, perhaps of pieces side by side; apart:
+    in its place the kernel of few heads, which makes the inverse once more."""
     tied, save = options["tied"], options["save"]
     made = prepare(key, vectors, documents, value.dtype, tied=tied, save=save, exact=exact)
     solve = made.pop("solve")
-    gain = vectors["gain"]
+    gain, given = vectors["gain"], vectors
     vectors = {name: x for name, x in vectors.items() if name != "gain"}
     if save or not tied:  # else the inverse has it
         vectors |= dict(erase=made.get("erase", gain))
@@ -99,6 +104,10 @@ def _by_scan(query, key, value, vectors, documents, initial, plan, options, exac
         summed = summaries(key, value, solve, vectors, begins, initial, tied=tied, share=plan.backward)
         maps = summed["maps"]
         starts = chain(initial, maps, summed["ends"])[:, :, :: plan.forward // plan.backward]
+    if apart:
+        return few_heads.forward(
+            key, query, value, given, starts, scale=options["scale"], exact=exact, share=plan.forward
+        )
     out = scan(key, query, value, solve, vectors, documents, starts, share=plan.forward, **options)
     inverse = made if tied or not save else dict(inverse=solve)
     return out | made | inverse | ({} if maps is None else dict(maps=maps))

@@ -20,13 +20,14 @@ class Plan(NamedTuple):
     fused: one kernel makes the inverse and walks the chunks; else `prepare` and `scan` do.
     forward, backward: chunks of a piece in either pass. Pieces of the forward pass are one or several of the backward
     pass, which are those that summaries are made of.
-    apart: a call that `few_heads.serves` goes to that kernel, whatever else is said here.
+    apart: chunks of a piece of the kernel of few heads, to which a call goes that it `serves`, whatever else is said
+    here; 0 for none.
     """
 
     fused: bool
     forward: int
     backward: int
-    apart: bool = False
+    apart: int = 0
 
 
 def plan(direction: str, heads: int, length: int, key_dim: int, value_dim: int) -> Plan:
@@ -34,12 +35,16 @@ def plan(direction: str, heads: int, length: int, key_dim: int, value_dim: int) 
 
     direction: "forward", or "both" where a backward pass follows. heads: B·H. value_dim: 64 or 128.
     """
-    measured = blocks.lookup(direction, key_dim, value_dim, heads, length)
-    pieces = fill(heads, length)
-    apart = direction == "forward" and bool(measured.get("apart", not measured and pieces == APART))
-    if not apart:
-        pieces = measured.get("pieces", pieces)
-    return cut(direction, heads, length, value_dim, pieces)._replace(apart=apart)
+    return chosen(direction, heads, length, value_dim, blocks.lookup(direction, key_dim, value_dim, heads, length))
+
+
+def chosen(direction: str, heads: int, length: int, value_dim: int, choice: dict[str, int]) -> Plan:
+    """The plan of a choice as `blocks` has it: "pieces" of a row, and "apart", those of the kernel of few heads. What
+    it does not say is by rule."""
+    count = fill(heads, length)
+    whole = cut(direction, heads, length, value_dim, choice.get("pieces", count))
+    apart = choice.get("apart", int(not choice and count == APART)) if direction == "forward" else 0
+    return whole._replace(apart=-(-max(1, -(-length // CHUNK)) // apart)) if apart else whole
 
 
 def cut(direction: str, heads: int, length: int, value_dim: int, pieces: int) -> Plan:

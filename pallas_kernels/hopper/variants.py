@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 from pallas_kernels.hopper.decode import COLUMNS, ELEMENTS, decode
 from pallas_kernels.hopper.op import backward, forward
-from pallas_kernels.hopper.pieces import cut
+from pallas_kernels.hopper.pieces import chosen, cut
 
 Variant = tuple[str, str, Callable, tuple]
 
@@ -38,13 +38,18 @@ def variants(**small: int) -> Iterator[Variant]:
 def _few_heads_variants(small) -> Iterator[Variant]:
     """Forward kernels that split the columns of the state over blocks of threads."""
     for key_dim, exact in product((64, 128), (True, False)):
-        arrays = _arrays(key_dim, 128, tied=exact, decay=not exact, documents=not exact, **small | dict(batch=16))
+        sizes = small | dict(batch=16)
+        arrays = _arrays(key_dim, 128, tied=exact, decay=not exact, documents=not exact, **sizes)
         name = f"{key_dim}x128-few" + ("-tied-exact" if exact else "-decay-documents")
-        yield from _forward(name, arrays, exact=exact)
-        if exact:
-            plan = cut("forward", 64, arrays[0].shape[1], 128, 1)._replace(apart=True)
+        length = arrays[0].shape[1]
+        yield from _forward(name, arrays, exact=exact, plan=cut("forward", 64, length, 128, 1))
+        for count in (1, 2) if exact else ():
+            plan = chosen("forward", 64, count * length, 128, dict(apart=count))  # loops of a few turns are unrolled
+            arrays = _arrays(
+                key_dim, 128, tied=True, decay=False, documents=False, **sizes | dict(length=count * length)
+            )
             apart = partial(forward, scale=1.0, save=False, exact=True, plan=plan)
-            yield f"forward-{key_dim}x128-few-apart", "forward", apart, arrays
+            yield f"forward-{name}-apart-{count}", "forward", apart, arrays
 
 
 def _pieces_variants(small) -> Iterator[Variant]:

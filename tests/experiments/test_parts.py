@@ -16,7 +16,7 @@ pytestmark = pytest.mark.cpu("interpreted as a GPU kernel")
 @pytest.mark.parametrize("apart", [False, True], ids=["forward", "few heads"])
 @pytest.mark.parametrize("part", parts.PARTS)
 def test_ends(monkeypatch, part, apart):
-    plan = lambda direction, heads, length, key_dim, value_dim: pieces.Plan(True, 4, 4, apart=apart)
+    plan = lambda direction, heads, length, key_dim, value_dim: pieces.Plan(True, 4, 4, apart=4 * apart)
     monkeypatch.setattr(pieces, "plan", plan)
     tokens = jnp.ones((1, 250, 1, 128), jnp.bfloat16) * 0.05
     call = lambda x: efla_attention(x, x, x, jnp.ones((1, 250, 1)), implementation="pallas_gpu")

@@ -43,9 +43,10 @@ def test_pieces_around_the_own_choice(shape, own, all_of_them):
 
 def test_few_heads_have_a_kernel_to_try():
     """Of two halves of columns for each head on the card at once, forward."""
-    apart = dict(pieces=1, apart=1)
+    apart = dict(apart=1)
     assert tune.pieces_candidates("forward", (4, 4096, 16, 128, 128))[0] == apart
     assert apart in tune.pieces_candidates("forward", (2, 8192, 16, 128, 128))[1]
+    assert dict(apart=4) in tune.pieces_candidates("forward", (1, 16384, 16, 128, 128))[1]
     assert apart not in tune.pieces_candidates("both", (4, 4096, 16, 128, 128))[1]
     assert apart not in tune.pieces_candidates("forward", (8, 2048, 16, 128, 128))[1]
 

@@ -21,22 +21,27 @@ def test_serves():
 
 
 CASES = [
-    pytest.param(dict(length=330, heads=2), dict(), True, id="grouped"),
+    pytest.param(dict(length=330, heads=2), dict(), True, 1, id="grouped"),
     pytest.param(
-        dict(length=65, key_dim=128), dict(integrator="euler", scale=0.5), False, id="no state", marks=pytest.mark.slow
+        dict(length=65, key_dim=128), dict(integrator="euler", scale=0.5), False, 1,
+        id="no state", marks=pytest.mark.slow,
     ),
-    pytest.param(dict(length=40), dict(), True, id="one chunk"),
-    pytest.param(dict(length=700, key_dim=128), dict(), True, id="eleven chunks", marks=pytest.mark.slow),
-]
+    pytest.param(dict(length=40), dict(), True, 1, id="one chunk"),
+    pytest.param(dict(length=700, key_dim=128), dict(), True, 1, id="eleven chunks", marks=pytest.mark.slow),
+    pytest.param(dict(length=300, key_dim=128), dict(), True, 2, id="in pieces"),  # of three chunks and of two
+    pytest.param(
+        dict(length=460, heads=2), dict(integrator="euler"), False, 4, id="in four pieces", marks=pytest.mark.slow
+    ),
+]  # fmt: skip
 
 
 @pytest.mark.usefixtures("interpreted")
-@pytest.mark.parametrize(("sizes", "options", "stateful"), CASES)
-def test_accurate(monkeypatch, sizes, options, stateful):
+@pytest.mark.parametrize(("sizes", "options", "stateful", "count"), CASES)
+def test_accurate(monkeypatch, sizes, options, stateful, count):
     """Against the float64 loop, by the error of `xla`."""
 
     def plan(direction, heads, length, key_dim, value_dim):
-        return pieces.cut(direction, heads, length, value_dim, 1)._replace(apart=True)
+        return pieces.chosen(direction, heads, length, value_dim, dict(apart=count))
 
     monkeypatch.setattr(pieces, "plan", plan)
     ran, forward = [], few_heads.forward

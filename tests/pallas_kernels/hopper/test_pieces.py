@@ -35,7 +35,7 @@ def test_fill(heads, length, count):
     [
         ("both", 128, 2048, 128, Plan(True, 32, 32)),
         ("both", 64, 4096, 128, Plan(True, 64, 32)),  # of two pieces no map is needed
-        ("forward", 64, 4096, 128, Plan(True, 64, 64, apart=True)),
+        ("forward", 64, 4096, 128, Plan(True, 64, 64, apart=64)),
         ("forward", 32, 8192, 128, Plan(False, 128, 128)),  # the scan alone takes no longer
         ("both", 32, 8192, 128, Plan(False, 64, 32)),
         ("forward", 16, 16384, 128, Plan(False, 64, 64)),
@@ -56,7 +56,8 @@ def test_a_measured_count_comes_first(monkeypatch):
 @pytest.mark.parametrize(
     ("heads", "measured", "want"),
     [
-        (32, {"pieces": 1, "apart": 1}, Plan(False, 128, 128, apart=True)),  # else as many pieces as fill the card
+        (32, {"apart": 1}, Plan(False, 128, 128, apart=128)),
+        (32, {"apart": 3}, Plan(False, 128, 128, apart=43)),
         (64, {"pieces": 2}, Plan(True, 128, 128)),
         (32, {}, Plan(False, 128, 128)),
     ],
