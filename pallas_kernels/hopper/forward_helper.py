@@ -82,10 +82,10 @@ def _begin(config, r):
 def _recycle(config, r, n):
     """The places of chunk n to later chunks."""
     loads = _loads(config, r)
+    _, count = _chunks(config, r)
     for ring, _ in loads:
         plgpu.barrier_wait(ring.free(r, n))
     plgpu.commit_smem()  # what read the place is done before the copy, which is another proxy, writes it
-    _, count = _chunks(config, r)
     for ring, load in loads:
         pl.when(n + ring.slots < count)(lambda ring=ring, load=load: load(n + ring.slots))
 

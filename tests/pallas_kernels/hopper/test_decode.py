@@ -13,6 +13,7 @@ from jax._src.pallas.mosaic_gpu.interpret import interpret_pallas_call
 
 from pallas_kernels.hopper import blocks, decode, variants
 from pallas_kernels.hopper.decode import COLUMNS, default_columns
+from pallas_kernels.hopper.mosaic import CHUNK
 from tests.ops.helpers import on_gpu
 
 SCALE = 0.5
@@ -223,12 +224,17 @@ def test_the_table_is_heeded(monkeypatch):
 def test_the_table_that_ships():
     """Every row names a choice that the kernel takes, and every device where its rows come from."""
     for directions in blocks.tables().values():
-        assert set(directions) == {"decode"}
-        for table in directions.values():
+        for direction, table in directions.items():
             assert {"device", "driver", "date", "commit", "versions"} <= set(table["provenance"])
             for row in table["rows"]:
                 assert set(row) == {"K", "V", "BH", "T", "choice"}
-                columns = row["choice"]["columns"]
-                assert columns in COLUMNS
-                assert row["V"] % columns == 0
-                assert row["K"] * columns <= decode.ELEMENTS
+                if direction == "decode":
+                    columns = row["choice"]["columns"]
+                    assert columns in COLUMNS
+                    assert row["V"] % columns == 0
+                    assert row["K"] * columns <= decode.ELEMENTS
+                else:
+                    assert direction in ("forward", "both")
+                    (count,) = row["choice"].values()
+                    assert set(row["choice"]) <= {"pieces", "apart"}
+                    assert 1 <= count <= row["T"] // CHUNK

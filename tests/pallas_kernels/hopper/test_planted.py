@@ -14,6 +14,7 @@ import jax
 import numpy as np
 import pytest
 
+from efla_jax import efla_attention
 from pallas_kernels.hopper import pieces
 from tests.ops import helpers
 from tests.ops.helpers import evaluate
@@ -72,11 +73,11 @@ def test_late_wait(races, plant, name, old, new):
     assert found(races)
 
 
-def found(races, **options):
+def found(races, run=results, **options):
     """A race, or a phase that ends before the one before it was seen: which comes first is a matter of chance."""
     failure = ""
     try:
-        results(**options)
+        run(**options)
     except jax.errors.JaxRuntimeError as error:
         failure = str(error)
     return "no threads observed phase" in failure or any(state.races_found for state in races)
@@ -88,13 +89,34 @@ PLACES = (
 )
 
 
-@pytest.mark.parametrize("name", ["scan", pytest.param("reverse", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["scan", "reverse"])
 def test_late_wait_in_pieces(races, plant, monkeypatch, name):
     """Places are loaded over before they are free."""
     monkeypatch.setattr(pieces, "SHORTEST", 1)
     monkeypatch.setattr(pieces, "PROCESSORS", 8)
     plant(name, *PLACES)
     assert found(races, length=1000)
+
+
+# The loader sends for what it has no place for yet; a helper writes over an inverse that may still be read.
+LATE_OF_FEW_HEADS = {
+    "loader": ("forward_helper", r"( +plgpu\.barrier_wait.*\n)(.*as in _recycle\n)(.*pl\.when.*\n)", r"\3\2\1"),
+    "place": ("forward_helper", r"config\.products\.wait_place\(r, n\(\)\)", "pass"),
+}
+
+
+@pytest.mark.parametrize(("name", "old", "new"), LATE_OF_FEW_HEADS.values(), ids=LATE_OF_FEW_HEADS)
+def test_late_wait_in_few_heads(races, plant, monkeypatch, name, old, new):
+    apart = lambda direction, heads, length, *dims: pieces.chosen(direction, heads, length, 128, dict(apart=1))
+    monkeypatch.setattr(pieces, "plan", apart)
+    plant(name, old, new)
+
+    def run():
+        inputs, _ = rounded(batch=1, length=700, value_dim=128)
+        jax.block_until_ready(efla_attention(**inputs, implementation="pallas_gpu"))
+
+    assert found(races, run)
 
 
 def test_missing_wait(races, plant):

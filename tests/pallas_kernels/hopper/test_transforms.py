@@ -72,7 +72,9 @@ def test_vmap_over_some():
 
 
 @interpreted
-@pytest.mark.parametrize("names", [(), ("efla_output", "efla_residuals")], ids=["recomputed", "saved"])
+@pytest.mark.parametrize(
+    "names", [(), pytest.param(("efla_output", "efla_residuals"), marks=pytest.mark.slow)], ids=["recomputed", "saved"]
+)
 def test_remat(names):
     policy = jax.checkpoint_policies.save_only_these_names(*names)
     got = jax.jit(lambda x: both(jax.checkpoint(attend, policy=policy), x))(inputs_of())
@@ -104,7 +106,8 @@ def compiled_on(mesh, kind):
         return jax.jit(lambda x: both(op, x)).lower(inputs).compile(), inputs
 
 
-kinds = pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit], ids=["auto", "explicit"])
+EXPLICIT = pytest.param(AxisType.Explicit, id="explicit", marks=pytest.mark.slow)
+kinds = pytest.mark.parametrize("kind", [pytest.param(AxisType.Auto, id="auto"), EXPLICIT])
 
 
 @two_devices
@@ -131,7 +134,7 @@ def test_nothing_is_gathered(kind):
 
 @two_devices
 @on_devices
-@pytest.mark.parametrize("check", [True, False], ids=["checked", "unchecked"])
+@pytest.mark.parametrize("check", [True, pytest.param(False, marks=pytest.mark.slow)], ids=["checked", "unchecked"])
 def test_shard_map_by_the_caller(check):
     """Rows split by the caller's own shard_map, with its check of what varies over the mesh and without."""
     mesh = mesh_of(AxisType.Auto, (2, 1))
