@@ -23,12 +23,12 @@ test-slow: setup  ## the tests marked slow
 
 test-jax-next: setup  ## the kernels' tests that are not slow, on the newest JAX 0.12, in an environment of its own
 	@bash .ci/environment.sh jax-next
-	.cache/jax-next/bin/python -m pytest -n 2 -m "not slow" tests/pallas_kernels/hopper tests/pallas_kernels/tpu
+	.cache/jax-next/bin/python -m pytest -n 2 -m "not slow" tests/pallas_kernels --ignore=tests/pallas_kernels/triton
 
 # Without autotuning a program compiles sooner, and sums in one order. `make test-gpu PYTHON=python3` takes another
 # environment than .venv; WORKERS processes share the card.
 WORKERS := 12
-GPU_TESTS := tests/ops tests/pallas_kernels/hopper tests/on_device
+GPU_TESTS := tests/ops tests/pallas_kernels/hopper tests/pallas_kernels/test_transforms.py tests/on_device
 
 test-gpu:  ## on an NVIDIA GPU: every test of the op against float64, kernels not interpreted, and 1000 equal runs
 	JAX_PLATFORMS=cuda,cpu XLA_PYTHON_CLIENT_PREALLOCATE=false \

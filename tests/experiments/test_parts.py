@@ -7,7 +7,7 @@ import pytest
 from efla_jax import efla_attention
 from experiments.kernels import parts
 from pallas_kernels.hopper import pieces
-from tests.pallas_kernels.hopper.conftest import _interpreting
+from tests.pallas_kernels.hopper.interpreting import interpreting
 
 pytestmark = pytest.mark.cpu("interpreted as a GPU kernel")
 
@@ -20,7 +20,7 @@ def test_ends(monkeypatch, part, apart):
     monkeypatch.setattr(pieces, "plan", plan)
     tokens = jnp.ones((1, 250, 1, 128), jnp.bfloat16) * 0.05
     call = lambda x: efla_attention(x, x, x, jnp.ones((1, 250, 1)), implementation="pallas_gpu")
-    with parts.only(part), _interpreting(monkeypatch, detect_races=False) as ran:
+    with parts.only(part), interpreting(monkeypatch, detect_races=False) as ran:
         output, state = jax.block_until_ready(jax.jit(call)(tokens))
     assert ran
     if part == "whole":

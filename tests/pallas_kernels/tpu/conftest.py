@@ -1,49 +1,8 @@
-"""TPU kernels interpreted on the CPU, every one watched for races."""
+"""The tests of this folder are of one implementation."""
 
-import contextlib
-from collections.abc import Iterator
-
-import jax.experimental.pallas.tpu as pltpu
 import pytest
-from jax._src import callback, effects  # private: nothing public lets jax.checkpoint hold an interpreted kernel
-from jax._src.pallas.mosaic.interpret import interpret_pallas_call as interpreter  # private: the races that were found
-
-from tests.optimization import unoptimized
-
-for effect in (callback._IOEffect, callback._OrderedIOEffect):
-    effects.remat_allowed_effects.add_type(type(effect))
-
-
-@contextlib.contextmanager
-def _interpreting(monkeypatch, detect_races: bool) -> Iterator[list]:
-    """An interpret context; the list gets the race detection state of each kernel that runs in it. JAX itself keeps
-    only the last kernel's."""
-    states = []
-    original = interpreter.RaceDetectionState
-
-    def watched(**options):
-        states.append(original(**options))
-        return states[-1]
-
-    monkeypatch.setattr(interpreter, "RaceDetectionState", watched)
-    pltpu.reset_tpu_interpret_mode_state()
-    try:
-        with unoptimized(), pltpu.force_tpu_interpret_mode(pltpu.InterpretParams(detect_races=detect_races)):
-            yield states
-    finally:
-        pltpu.reset_tpu_interpret_mode_state()  # an exception leaves it behind
 
 
 @pytest.fixture
-def interpreted(monkeypatch) -> Iterator[None]:
-    """An interpret context in which kernels, if any ran, had no race."""
-    with _interpreting(monkeypatch, detect_races=True) as states:
-        yield
-    assert not any(state.races_found for state in states)
-
-
-@pytest.fixture
-def on_devices(monkeypatch) -> Iterator[None]:
-    """An interpret context for kernels on several devices."""
-    with _interpreting(monkeypatch, detect_races=False):
-        yield
+def implementation() -> str:
+    return "pallas_tpu"

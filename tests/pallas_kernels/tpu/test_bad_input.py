@@ -84,7 +84,7 @@ UNSUPPORTED = {
 def test_unsupported(make, options, reason, interpreting, request):
     """When it is traced already, for whatever device: no export of it either."""
     if interpreting:
-        request.getfixturevalue("interpreted")
+        request.getfixturevalue("races")
     with pytest.raises(NotImplementedError, match=f"'pallas_tpu' cannot serve this call: .*{re.escape(reason)}"):
         jax.eval_shape(partial(kernel, **options), make())
 

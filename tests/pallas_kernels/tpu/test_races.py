@@ -6,7 +6,7 @@ import jax.experimental.pallas.tpu as pltpu
 import jax.numpy as jnp
 import pytest
 
-from tests.pallas_kernels.tpu.conftest import _interpreting
+from tests.pallas_kernels.tpu.interpreting import interpreting
 
 pytestmark = pytest.mark.cpu("interpreted as a TPU kernel")
 
@@ -33,7 +33,7 @@ def copied(x, wait: bool):
 
 def raced(monkeypatch, waits: tuple[bool, ...]) -> list[bool]:
     """Of each kernel in turn, whether it had a race: JAX 0.11 keeps that, 0.12 raises."""
-    with _interpreting(monkeypatch, detect_races=True) as states:
+    with interpreting(monkeypatch, detect_races=True) as states:
         for wait in waits:
             try:
                 jax.block_until_ready(copied(jnp.ones((8, 128), jnp.float32), wait))

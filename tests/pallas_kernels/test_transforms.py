@@ -14,14 +14,20 @@ from tests.pallas_kernels.hopper.helpers import documents, rounded
 
 interpreted = pytest.mark.usefixtures("interpreted")
 on_devices = pytest.mark.usefixtures("on_devices")
-two_devices = pytest.mark.cpu("needs two devices")
+several = pytest.mark.cpu("needs several devices")
 
 BATCH, LENGTH, HEADS = 2, 65, 2
 SPEC = PartitionSpec("data", None, "tensor")
 
 
-def attend(inputs, **options):
-    return efla_attention(**inputs, implementation="pallas_gpu", **options)
+@pytest.fixture
+def attend(implementation):
+    """The op by the kernels, of inputs as one dictionary."""
+    return functools.partial(_attend, implementation)
+
+
+def _attend(implementation, inputs, **options):
+    return efla_attention(**inputs, implementation=implementation, **options)
 
 
 def both(op, inputs):
@@ -40,10 +46,16 @@ def inputs_of():
     return inputs | dict(segment_ids=documents((30,), BATCH, LENGTH))
 
 
+@pytest.fixture
+def alone(implementation):
+    """alone(): what the kernels give without any transformation."""
+    return functools.partial(_alone, implementation)
+
+
 @functools.cache
-def alone():
-    inputs = inputs_of()
-    return jax.tree.map(np.asarray, jax.jit(lambda x: both(attend, x))(inputs))
+def _alone(implementation):
+    op = functools.partial(_attend, implementation)
+    return jax.tree.map(np.asarray, jax.jit(lambda x: both(op, x))(inputs_of()))
 
 
 def assert_same(got, want):
@@ -52,7 +64,7 @@ def assert_same(got, want):
 
 
 @interpreted
-def test_vmap():
+def test_vmap(attend, alone):
     """Over the rows of every input."""
     inputs = {name: x[:, None] for name, x in inputs_of().items()}
     got = jax.jit(jax.vmap(lambda x: both(attend, x)))(inputs)
@@ -61,7 +73,7 @@ def test_vmap():
 
 @pytest.mark.slow
 @interpreted
-def test_vmap_over_some():
+def test_vmap_over_some(attend):
     """The rest is shared, as parameters are."""
     inputs = inputs_of()
     shared = {name: x[:1] for name, x in inputs.items()}
@@ -75,7 +87,7 @@ def test_vmap_over_some():
 @pytest.mark.parametrize(
     "names", [(), pytest.param(("efla_output", "efla_residuals"), marks=pytest.mark.slow)], ids=["recomputed", "saved"]
 )
-def test_remat(names):
+def test_remat(attend, alone, names):
     policy = jax.checkpoint_policies.save_only_these_names(*names)
     got = jax.jit(lambda x: both(jax.checkpoint(attend, policy=policy), x))(inputs_of())
     assert_same(got, alone())
@@ -97,7 +109,7 @@ def gathers(text):
     return re.findall(r" (all-gather|all-to-all|collective-permute|reduce-scatter)(?:-start)?\(", text)
 
 
-def compiled_on(mesh, kind):
+def compiled_on(attend, mesh, kind):
     """The compiled program for inputs that are sharded over the mesh, and these."""
     options = dict(partition_spec=SPEC) if kind == AxisType.Auto else {}
     op = functools.partial(attend, **options)
@@ -110,32 +122,32 @@ EXPLICIT = pytest.param(AxisType.Explicit, id="explicit", marks=pytest.mark.slow
 kinds = pytest.mark.parametrize("kind", [pytest.param(AxisType.Auto, id="auto"), EXPLICIT])
 
 
-@two_devices
+@several
 @on_devices
 @pytest.mark.parametrize("shape", [(2, 1), (1, 2)], ids=["batch", "heads"])
 @kinds
-def test_sharded(kind, shape):
+def test_sharded(attend, alone, kind, shape):
     """Batch or heads on two devices: each device runs its own share."""
-    compiled, inputs = compiled_on(mesh_of(kind, shape), kind)
+    compiled, inputs = compiled_on(attend, mesh_of(kind, shape), kind)
     got = compiled(inputs)
     for name, x in got[1].items():
         assert x.sharding.is_equivalent_to(inputs[name].sharding, x.ndim), name
     assert_same(got, alone())
 
 
-@pytest.mark.cpu("needs four devices")
+@several
 @pytest.mark.usefixtures("races")
 @kinds
-def test_nothing_is_gathered(kind):
+def test_nothing_is_gathered(attend, kind):
     """Batch and heads on 2 x 2 devices, compiled only."""
-    compiled, _ = compiled_on(mesh_of(kind, (2, 2)), kind)
+    compiled, _ = compiled_on(attend, mesh_of(kind, (2, 2)), kind)
     assert not gathers(compiled.as_text())
 
 
-@two_devices
+@several
 @on_devices
 @pytest.mark.parametrize("check", [True, pytest.param(False, marks=pytest.mark.slow)], ids=["checked", "unchecked"])
-def test_shard_map_by_the_caller(check):
+def test_shard_map_by_the_caller(attend, alone, check):
     """Rows split by the caller's own shard_map, with its check of what varies over the mesh and without."""
     mesh = mesh_of(AxisType.Auto, (2, 1))
     rows = PartitionSpec("data")
@@ -143,9 +155,10 @@ def test_shard_map_by_the_caller(check):
     assert_same(jax.jit(lambda x: both(op, x))(inputs_of()), alone())
 
 
-@two_devices
+@pytest.mark.slow
+@several
 @on_devices
-def test_shard_map_with_shared_inputs():
+def test_shard_map_with_shared_inputs(attend):
     """Some inputs are the same on every device: their gradients are summed over the devices."""
     mesh, rows, same = mesh_of(AxisType.Auto, (2, 1)), PartitionSpec("data"), PartitionSpec()
     inputs = inputs_of()
