@@ -10,6 +10,7 @@ from jax.extend.core import jaxprs_in_params
 
 from pallas_kernels import tpu
 from pallas_kernels.tpu import plan
+from pallas_kernels.tpu.decode import BLOCK, key_heads_of
 
 pytestmark = pytest.mark.cpu("nothing is run")
 
@@ -105,3 +106,10 @@ def test_precision_decides_on_passes():
     precisions = (None, *jax.lax.Precision)
     assert [pieces_of(jnp.dtype(jnp.bfloat16), p) for p in precisions] == [1, 1, 2, 3]
     assert [pieces_of(jnp.dtype(jnp.float32), p) for p in precisions] == [3, 1, 2, 3]
+
+
+@pytest.mark.parametrize("heads", [1, 7, 8, 12, 64])
+def test_states_of_a_step_fit(heads):
+    together = key_heads_of(heads, 1, 128, 128)
+    assert heads % together == 0
+    assert together * 128 * 128 * 4 <= BLOCK
