@@ -9,6 +9,8 @@ Each half of a head's columns has a block of threads. With the letters of `palla
 The two blocks of a head are a cluster. Each makes the inverse of every other chunk, and writes it to the shared memory
 of both: four helpers work for a head, and none of an inverse is made twice. The interpreter knows no such writes;
 there, each block makes all for itself.
+
+With the states before them given, pieces of a row are walked side by side, by clusters of their own.
 """
 
 from types import SimpleNamespace
