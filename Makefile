@@ -28,7 +28,7 @@ test-jax-next: setup  ## the kernels' tests that are not slow, on the newest JAX
 # Without autotuning a program compiles sooner, and sums in one order. `make test-gpu PYTHON=python3` takes another
 # environment than .venv; WORKERS processes share the card.
 WORKERS := 12
-GPU_TESTS := tests/ops tests/pallas_kernels/hopper tests/pallas_kernels/test_transforms.py tests/on_device
+GPU_TESTS := tests/ops tests/pallas_kernels/hopper $(wildcard tests/pallas_kernels/test_*.py) tests/on_device
 
 test-gpu:  ## on an NVIDIA GPU: every test of the op against float64, kernels not interpreted, and 1000 equal runs
 	JAX_PLATFORMS=cuda,cpu XLA_PYTHON_CLIENT_PREALLOCATE=false \

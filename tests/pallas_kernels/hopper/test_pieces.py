@@ -90,10 +90,10 @@ def test_chain(given):
         np.testing.assert_allclose(got, want, atol=2**-15 * np.abs(want).max())
 
 
-CASES = {
-    "exact, documents, a shorter last piece": (dict(length=440), (10, 64, 150, 290)),
-    "decay, two columns": (dict(length=264, decay=True, value_dim=128), None),
-}
+CASES = [
+    pytest.param(dict(length=440), (10, 64, 150, 290), id="exact, documents, a shorter last piece"),
+    pytest.param(dict(length=264, decay=True, value_dim=128), None, id="decay, two columns", marks=pytest.mark.slow),
+]
 
 
 def test_borders():
@@ -107,7 +107,7 @@ def test_borders():
 
 
 @pytest.mark.usefixtures("interpreted")
-@pytest.mark.parametrize(("sizes", "starts"), CASES.values(), ids=CASES)
+@pytest.mark.parametrize(("sizes", "starts"), CASES)
 def test_op_in_pieces(monkeypatch, sizes, starts):
     """Four pieces, forward and backward, states at both ends given."""
     monkeypatch.setattr(pieces, "SHORTEST", 1)

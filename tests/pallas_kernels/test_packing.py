@@ -11,29 +11,32 @@ from efla_jax import efla_attention
 from tests.ops.helpers import evaluate
 from tests.pallas_kernels.hopper.helpers import documents, rounded, too_far
 
-pytestmark = [pytest.mark.usefixtures("interpreted"), pytest.mark.cpu("interpreted as TPU kernels")]
+pytestmark = pytest.mark.usefixtures("interpreted")
 
-NAME = "pallas_tpu"
 STARTS, LENGTH = (1, 40, 70), 130  # a border behind the first token, two inside one chunk and its neighbour
+ON_TPU, SLOW = pytest.mark.cpu("interpreted as TPU kernels"), pytest.mark.slow
 
 
+# The exact rule with decay writes otherwise than it erases; the others have one coefficient a token.
 @pytest.mark.parametrize(
-    ("dtype", "decay", "integrator"),
+    ("implementation", "dtype", "decay", "integrator"),
     [
-        (jnp.bfloat16, True, "exact"),
-        pytest.param(np.float32, True, "split", marks=pytest.mark.slow),
-        pytest.param(jnp.bfloat16, False, "exact", marks=pytest.mark.slow),
+        ("pallas_gpu", jnp.bfloat16, True, "exact"),
+        ("pallas_gpu", jnp.bfloat16, True, "split"),
+        pytest.param("pallas_gpu", jnp.bfloat16, False, "exact", marks=SLOW),
+        pytest.param("pallas_tpu", jnp.bfloat16, True, "exact", marks=ON_TPU),
+        pytest.param("pallas_tpu", np.float32, True, "split", marks=[ON_TPU, SLOW]),
+        pytest.param("pallas_tpu", jnp.bfloat16, False, "exact", marks=[ON_TPU, SLOW]),
     ],
 )
-def test_no_leak(dtype, decay, integrator):
+def test_no_leak(implementation, dtype, decay, integrator):
     """Everything of one document, cotangents too, is replaced: no bit of any other changes, forward or backward."""
     ids = documents(STARTS, 1, LENGTH)
     sizes = dict(batch=1, length=LENGTH, decay=decay, dtype=dtype)
     inputs, cotangent = rounded(**sizes)
     other, other_cotangent = rounded(9, norm2=20.0, **sizes)
-    run = lambda inputs, cotangent: evaluate(
-        inputs, implementation=NAME, segment_ids=ids, cotangent=cotangent, integrator=integrator, chunk_size=64
-    )
+    options = dict(implementation=implementation, segment_ids=ids, integrator=integrator, chunk_size=64)
+    run = lambda inputs, cotangent: evaluate(inputs, cotangent=cotangent, **options)
     before = run(inputs, cotangent)
     for name, x in run(inputs, cotangent).items():
         np.testing.assert_array_equal(x, before[name], err_msg=f"{name}, the second time")
@@ -54,12 +57,12 @@ def test_no_leak(dtype, decay, integrator):
             assert np.all(same) or np.any(after[name][~same] != x[~same])
 
 
-@pytest.mark.slow
-def test_goes_on_where_it_stopped():
+@pytest.mark.parametrize("implementation", ["pallas_gpu", pytest.param("pallas_tpu", marks=[ON_TPU, SLOW])])
+def test_goes_on_where_it_stopped(implementation):
     """A sequence in two calls: cut between chunks to the bit, cut elsewhere to rounding."""
     inputs, _ = rounded(batch=1, length=150)
     state = inputs.pop("initial_state")
-    attend = partial(efla_attention, implementation=NAME, chunk_size=64)
+    attend = partial(efla_attention, implementation=implementation, chunk_size=64)
     call = jax.jit(lambda inputs, state: attend(**inputs, initial_state=state))
     whole = call(inputs, state)
     xla = jax.jit(lambda: efla_attention(**inputs, initial_state=state, implementation="xla"))()
