@@ -141,12 +141,14 @@ def _output(config, r, w):
         plgpu.barrier_wait(keys.full(r, n))
         plgpu.barrier_wait(queries.full(r, n))
         scores, out = _read(config, r, n)
+        if config.scale != 1:
+            out = out * config.scale
         plgpu.barrier_wait(updates.full(r, n))
         updates_s = r.updates_s.at[fresh(r) + updates.place(n)]
         out = matmul(scores, updates_s, SQUARE, init=out, staged=part_of(r.output_stage, 0))
         plgpu.barrier_arrive(updates.free(r, n))
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-        r.output_s[...] = (out * config.scale if config.scale != 1 else out).astype(config.dtype)
+        r.output_s[...] = out.astype(config.dtype)
         plgpu.commit_smem()
         plgpu.copy_smem_to_gmem(r.output_s, r.output.at[r.b, pl.ds((first + n) * CHUNK, CHUNK), r.h, columns])
         return carry
@@ -167,6 +169,8 @@ def _read(config, r, n):
         product(out, q_s, r.states_s.at[zero + states.place(n)].T)
         made = lax.optimization_barrier(plgpu.wgmma_accumulator_load(scores, wait_n=1))
         plgpu.barrier_arrive(keys.free(r, n))
+        if config.scale != 1:
+            made = made * config.scale
         row, column = place(r)
         made = lax.optimization_barrier(jnp.where(row >= column, made, 0.0)).astype(config.dtype)
         return made, plgpu.wgmma_accumulator_load(out, wait_n=0)

@@ -36,6 +36,20 @@ CASES = [
 
 
 @pytest.mark.usefixtures("interpreted")
+def test_scores_are_scaled_before_they_are_rounded(monkeypatch):
+    """Products of queries and keys beyond the range of float16, which a scale, here a power of two, brings back."""
+    monkeypatch.setattr(pieces, "plan", lambda direction, *sizes: pieces.Plan(True, 2, 2, apart=2))
+    inputs, _ = rounded(dtype=np.float16, batch=1, length=70, value_dim=128, norm2=64)
+    plain = efla_attention(**inputs, implementation="pallas_gpu")
+    large = inputs | dict(query=inputs["query"] * np.float16(8192))
+    scaled = efla_attention(**large, implementation="pallas_gpu", scale=2.0**-13)
+    products = np.einsum("bihk,bjhk->bhij", *(np.float32(large[name]) for name in ("query", "key")))
+    assert np.abs(np.tril(products)).max() > np.finfo(np.float16).max
+    for x, y in zip(plain, scaled, strict=True):
+        np.testing.assert_array_equal(x, y)
+
+
+@pytest.mark.usefixtures("interpreted")
 @pytest.mark.parametrize(("sizes", "options", "stateful", "count"), CASES)
 def test_accurate(monkeypatch, sizes, options, stateful, count):
     """Against the float64 loop, by the error of `xla`."""
