@@ -1,4 +1,4 @@
-"""From piece to piece: the state before every piece of a sequence, of the sums that `scan` makes of them.
+"""From piece to piece: the state before every piece of a sequence, of what `summaries` makes of its parts.
 
 Sᵀ ← Sᵀ Mᵀ + Eᵀ over the pieces, and for cotangents dSᵀ ← dSᵀ M + dEᵀ from the far end. As neither M of the exact rule
 expands (‖M‖ ≤ 1, for any keys), rounding does not grow along the chain. Products are of bfloat16 on the tensor cores,
@@ -13,7 +13,7 @@ import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax import lax
 
-from pallas_kernels.hopper.mosaic import CHUNK, F32, TILE, Ring, launch, matmul, smem, stage
+from pallas_kernels.hopper.mosaic import CHUNK, F32, TILE, Ring, launch, lookup, matmul, smem, stage
 
 ROUNDED = jnp.bfloat16
 
@@ -24,19 +24,38 @@ def split(x):
     return high, (x - high.astype(F32)).astype(ROUNDED)
 
 
-def chain(first, maps, ends, *, backward=False):
-    """The states before all pieces; backward, the cotangents of the states behind them.
+def chain(first, maps, ends, wanted):
+    """States before the parts of a row, and behind the last one.
 
     Args:
-        first: [B, H, V, K] float32, Sᵀ before the first piece, or None for zeros; backward: dSᵀ behind the last one.
-        maps: [B, H, P, 2·K, K] bfloat16, Mᵀ of every piece as the sum of two, one below the other. That of the piece
-            passed first is not looked at: its end has been made of `first`.
-        ends: [B, H, P, V, K] float32, Eᵀ, P ≥ 3.
+        first: [B, H, V, K] float32, Sᵀ before the first part, or None for zeros.
+        maps: [B, H, P, 2·K, K] bfloat16, Mᵀ of every part as the sum of two, one below the other. That of the first is
+            not looked at: its end has been made of `first`.
+        ends: [B, H, P, V, K] float32, Eᵀ.
+        wanted: which of the P + 1 states, in order.
+
+    Returns:
+        [B, H, len(wanted), V, K] float32.
+    """
+    return _run(first, maps, ends, tuple(wanted), backward=False)
+
+
+def chain_back(last, maps, ends):
+    """The cotangents of the states behind all pieces.
+
+    Args:
+        last: [B, H, V, K] float32, dSᵀ behind the last piece, or None for zeros.
+        maps: [B, H, P or one less, 2·K, K], as of `chain`. Those of the first and the last piece are not looked at.
+        ends: [B, H, P, V, K] float32, dEᵀ, P ≥ 3; that of the last one has been made of `last`.
 
     Returns:
         [B, H, P, V, K] float32.
     """
-    batch, heads, pieces, value_dim, key_dim = ends.shape
+    return _run(last, maps, ends, tuple(range(ends.shape[2])), backward=True)
+
+
+def _run(first, maps, ends, wanted, *, backward):
+    batch, heads, _, value_dim, key_dim = ends.shape
     inputs = dict(maps=maps, ends=ends)
     if first is not None:
         inputs["first_state"] = first
@@ -48,17 +67,19 @@ def chain(first, maps, ends, *, backward=False):
         state_stage=stage(ROUNDED),
     )
     config = SimpleNamespace(
-        pieces=pieces, key_dim=key_dim, given=first is not None, backward=backward, ring=ring
+        states=ends.shape[2] + (not backward), key_dim=key_dim, given=first is not None, backward=backward, ring=ring,
+        wanted=wanted,
     )  # fmt: skip
-    outputs = dict(starts=jax.ShapeDtypeStruct(ends.shape, F32))
+    outputs = dict(starts=jax.ShapeDtypeStruct((batch, heads, len(wanted), value_dim, key_dim), F32))
     grid = batch, heads, value_dim // 64
     return launch("efla_chain", config, inputs, outputs, scratch, grid, (1, _chain))["starts"]
 
 
 def _chain(config, r, _):
-    """64 columns of the state, over all pieces."""
+    """64 columns of the state, over all parts."""
     columns = pl.ds(r.c * 64, 64)
-    ring, last = config.ring, config.pieces - 1
+    ring, last = config.ring, config.states - 1
+    places = [config.wanted.index(n) if n in config.wanted else -1 for n in range(config.states)]
     piece = lambda i: last - i if config.backward else i + r.first
     staged = None if r.state_stage is None else r.state_stage.at[0]
 
@@ -68,9 +89,13 @@ def _chain(config, r, _):
         plgpu.copy_gmem_to_smem(r.ends.at[r.b, r.h, piece(i + 1), columns], r.ends_s.at[slot], full)
 
     def store(i, state):
-        r.starts.at[r.b, r.h, piece(i), columns][...] = state
+        place = lookup(places, piece(i))
 
-    steps = config.pieces - 2
+        @pl.when(place >= 0)
+        def _():
+            r.starts.at[r.b, r.h, place, columns][...] = state
+
+    steps = last - 1
     for i in range(min(ring.slots, steps)):
         load(i + r.first)
     if config.given:

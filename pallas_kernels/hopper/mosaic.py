@@ -213,6 +213,14 @@ def modulo(n, count):
     return n & (count - 1) if count & (count - 1) == 0 else lax.rem(n, jnp.int32(count))
 
 
+def lookup(table, index):
+    """table[index] of known numbers, for an index that is traced; the first of them for one that is too large."""
+    found = jnp.int32(table[0])
+    for place_of, number in enumerate(table[1:], 1):
+        found = jnp.where(index == place_of, jnp.int32(number), found)
+    return found
+
+
 def launch(name, config, inputs, outputs, scratch, grid, *roles, clustered=False):
     """Runs a kernel whose blocks have for each of the roles (count, run) so many warpgroups, run(config, r, number).
 

@@ -9,12 +9,13 @@ import jax.numpy as jnp
 
 from pallas_kernels.hopper import decode, few_heads, pieces
 from pallas_kernels.hopper.backward import backward as backward_kernel
-from pallas_kernels.hopper.chain import chain
+from pallas_kernels.hopper.chain import chain, chain_back
 from pallas_kernels.hopper.forward import forward as forward_kernel
 from pallas_kernels.hopper.mosaic import CHUNK
 from pallas_kernels.hopper.prepare import prepare
 from pallas_kernels.hopper.reverse import reverse
-from pallas_kernels.hopper.scan import scan, summaries
+from pallas_kernels.hopper.scan import scan
+from pallas_kernels.hopper.summaries import summaries
 
 DTYPES = (jnp.bfloat16, jnp.float16)
 LARGEST = 128  # of K and V
@@ -90,20 +91,25 @@ def _plan(save, value, key):
 
 def _by_scan(query, key, value, vectors, documents, initial, plan, options, exact, apart):
     """The forward pass of few heads: the inverse of all chunks, then the scan, perhaps of pieces side by side; apart:
-    in its place the kernel of few heads, which makes the inverse once more."""
+    in its place the kernel of few heads, which makes the inverse itself, so that only what is summed up needs it
+    before."""
     tied, save = options["tied"], options["save"]
-    made = prepare(key, vectors, documents, value.dtype, tied=tied, save=save, exact=exact)
+    chunks, (key_dim, value_dim) = -(-key.shape[1] // CHUNK), (key.shape[-1], value.shape[-1])
+    parts = pieces.parts(plan.backward, chunks, even=not save and key_dim == value_dim)
+    prepared = parts.bounds[-1] if apart else chunks
+    made = prepare(key, vectors, documents, value.dtype, chunks=prepared, tied=tied, save=save, exact=exact)
     solve = made.pop("solve")
     gain, given = vectors["gain"], vectors
     vectors = {name: x for name, x in vectors.items() if name != "gain"}
     if save or not tied:  # else the inverse has it
         vectors |= dict(erase=made.get("erase", gain))
     starts, maps = None if initial is None else initial[:, :, None], None
-    if plan.backward * CHUNK < key.shape[1]:
-        begins, _ = _borders(documents, plan.backward)
-        summed = summaries(key, value, solve, vectors, begins, initial, tied=tied, share=plan.backward)
+    if parts.bounds[-1]:
+        begins, _ = _borders(documents, parts.bounds)
+        summed = summaries(key, value, solve, vectors, begins, initial, tied=tied, parts=parts)
         maps = summed["maps"]
-        starts = chain(initial, maps, summed["ends"])[:, :, :: plan.forward // plan.backward]
+        wanted = [n for n, chunk in enumerate(parts.bounds) if chunk % plan.forward == 0]
+        starts = chain(initial, maps, summed["ends"], wanted)
     if apart:
         return few_heads.forward(
             key, query, value, given, starts, scale=options["scale"], exact=exact, share=plan.forward
@@ -143,7 +149,8 @@ def backward(
     share = (_plan(True, d_output, padded_key) if plan is None else plan).backward
     behind = None if d_final is None else d_final[:, :, None]
     if share * CHUNK < length:
-        _, stops = _borders(documents, share)
+        chunks = -(-length // CHUNK)
+        _, stops = _borders(documents, (*range(0, chunks, share), chunks))
         ends = reverse(*tokens, saved["inverse"], vectors, documents, stops, d_final, scale=scale, share=share)
         behind = _behind(d_final, saved.get("maps"), ends)
     options = dict(scale=scale, tied=tied, exact=exact, share=share)
@@ -170,27 +177,25 @@ def _backward_vectors(vectors, saved, exact):
     return rest | dict(erase=vectors["gain"])
 
 
-def _borders(documents, share):
-    """For each piece of `share` chunks, [B, P] int32: chunks before the last one in which a document begins, 0 if none
-    does; chunks up to the first such one, all if none does. None, None without documents."""
+def _borders(documents, bounds):
+    """For each part of bounds[p] to bounds[p + 1] chunks, [B, P] int32: chunks before the last one in which a document
+    begins, 0 if none does; chunks up to the first such one, all if none does. None, None without documents."""
     if documents is None:
         return None, None
-    chunked = documents.reshape(documents.shape[0], -1, CHUNK)
-    before = jnp.pad(chunked[:, :-1, -1:], ((0, 0), (1, 0), (0, 0)))
+    chunked = documents.reshape(documents.shape[0], 1, -1, CHUNK)
+    before = jnp.pad(chunked[..., :-1, -1:], ((0, 0), (0, 0), (1, 0), (0, 0)))
     begins = jnp.any(chunked != jnp.concatenate([before, chunked[..., :-1]], -1), -1)
-    chunks = begins.shape[1]
-    pieces = -(-chunks // share)
-    begins = jnp.pad(begins, ((0, 0), (0, pieces * share - chunks))).reshape(-1, pieces, share)
-    number = jnp.arange(share, dtype=jnp.int32)[None, None]
-    held = jnp.minimum(share, chunks - jnp.arange(pieces, dtype=jnp.int32)[None] * share)
-    last = jnp.max(jnp.where(begins, number, 0), -1)
-    return last, jnp.minimum(jnp.min(jnp.where(begins, number + 1, share), -1), held)
+    first, end = (jnp.array(x, jnp.int32)[None, :, None] for x in (bounds[:-1], bounds[1:]))
+    chunk = jnp.arange(chunked.shape[2], dtype=jnp.int32)[None, None]
+    begins &= (first <= chunk) & (chunk < end)  # [B, P, N]
+    last = jnp.max(jnp.where(begins, chunk - first, 0), -1)
+    return last, jnp.min(jnp.where(begins, chunk - first + 1, end - first), -1)
 
 
 def _behind(d_final, maps, ends):
     """The cotangents of the states behind all pieces; of two, the first one's is what the last one makes."""
     if ends.shape[2] > 2:
-        return chain(d_final, maps, ends, backward=True)
+        return chain_back(d_final, maps, ends)
     last = jnp.zeros_like(ends[:, :, 1]) if d_final is None else d_final
     return jnp.stack([ends[:, :, 1], last], 2)
 

@@ -30,6 +30,30 @@ class Plan(NamedTuple):
     apart: int = 0
 
 
+class Parts(NamedTuple):
+    """What is summed up of a row.
+
+    bounds: the first chunk of every part, and behind them the first one that is not summed up.
+    walks: the first part of each run of one or two parts that a block of threads walks, and behind them the number of
+    parts.
+    """
+
+    bounds: tuple[int, ...]
+    walks: tuple[int, ...]
+
+
+def parts(share: int, chunks: int, *, even: bool) -> Parts:
+    """All pieces of `share` chunks but the last, which nothing follows. even: as many runs as there are pieces, that
+    one included, so that each is shorter than a piece; where it is by more than the chain, which gets longer, takes."""
+    count = -(-chunks // share) - 1
+    end = count * share
+    if not count:
+        return Parts((0,), (0,))
+    walk = -(-end // (count + 1)) if even and share >= (count + 1) ** 2 else share
+    bounds = sorted({*range(0, end, share), *range(0, end, walk), end})
+    return Parts(tuple(bounds), (*(bounds.index(first) for first in range(0, end, walk)), len(bounds) - 1))
+
+
 def plan(direction: str, heads: int, length: int, key_dim: int, value_dim: int) -> Plan:
     """As measured, else by what fills the card.
 

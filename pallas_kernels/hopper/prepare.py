@@ -28,7 +28,7 @@ from pallas_kernels.hopper.mosaic import (
 )
 
 
-def prepare(key, vectors, documents, dtype, *, tied, save, exact=False):
+def prepare(key, vectors, documents, dtype, *, chunks, tied, save, exact=False):
     """What solves for the updates of a chunk's tokens, and what the backward pass needs of it.
 
     Args:
@@ -36,15 +36,15 @@ def prepare(key, vectors, documents, dtype, *, tied, save, exact=False):
         vectors: gain [B, H, N·64] float32, and with decay sums and left, as `forward` takes them.
         documents: [B, N·64] int32 or None.
         dtype: of the results that are matrices.
+        chunks: n, of which so many are prepared, the first ones.
 
     Returns:
-        name -> array. solve [B, H, N, C, C]: tied and saved E = solve (V - a∘K S), tied and not saved, which is folded,
+        name -> array. solve [B, H, n, C, C]: tied and saved E = solve (V - a∘K S), tied and not saved, which is folded,
         U = c∘E at once, untied U = solve (V - c∘a∘K S). If tied and saved inverse, that of I + diag(c) M. If exact and
-        not folded erase, and if saved too square (λ), [B, H, N·64] float32.
+        not folded erase, and if saved too square (λ), [B, H, n·64] float32.
     """
-    batch, length, _, key_dim = key.shape
+    batch, _, _, key_dim = key.shape
     heads = vectors["gain"].shape[1]
-    chunks = pl.cdiv(length, CHUNK)
     masked, decayed, summed = documents is not None, "left" in vectors, "sums" in vectors
     inputs = dict(key=key, gain_v=vectors["gain"])
     if summed:

@@ -8,9 +8,6 @@ of a sequence, for one value head and 64 columns of its state, with three warpgr
 - the helper sends for what is read, and makes P = tril(D∘Q Kᵀ) ahead of both.
 
 The letters are those of `pallas_kernels.hopper.forward`.
-
-Without queries (`summaries`) a piece is summed up instead: over it, the state goes through an affine map, S ↦ M S + E;
-E is what the scan leaves of a zero state, M what it leaves of the identity and values that are zero.
 """
 
 from types import SimpleNamespace
@@ -21,14 +18,12 @@ import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax import lax
 
-from pallas_kernels.hopper.chain import ROUNDED
 from pallas_kernels.hopper.masks import masked_scores
 from pallas_kernels.hopper.mosaic import (
     CHUNK,
     COLS,
     F32,
     SQUARE,
-    TILE,
     Ring,
     launch,
     matmul,
@@ -37,7 +32,7 @@ from pallas_kernels.hopper.mosaic import (
     stage,
     write_numbers,
 )
-from pallas_kernels.hopper.scan_state import group_of, piece_of, state_warpgroup
+from pallas_kernels.hopper.scan_state import columns_of, piece_of, state_warpgroup
 
 
 def scan(key, query, value, solve, vectors, documents, starts, *, scale, tied, save, share):
@@ -65,102 +60,57 @@ def scan(key, query, value, solve, vectors, documents, starts, *, scale, tied, s
             states=jax.ShapeDtypeStruct((batch, heads, chunks, value_dim, key_dim), dtype),
             solved=jax.ShapeDtypeStruct(value.shape, dtype),
         )
-    return _scan(
-        "efla_scan", key, query, value, solve, vectors, documents, starts, outputs,
-        scale=scale, tied=tied, save=save, share=share, writers=1,
-    )  # fmt: skip
-
-
-def summaries(key, value, solve, vectors, begins, initial, *, tied, share):
-    """Of every piece, what it makes of a zero state (the first one: of the initial state) and its map.
-
-    Args:
-        begins: [B, P] int32, as many chunks of a piece lie before the last one in which a document begins, or None.
-        initial: [B, H, V, K] float32 or None for zeros. The others: as of `scan`.
-
-    Returns:
-        ends [B, H, P, V, K] float32, Eᵀ; maps [B, H, P, 2·K, K] bfloat16, Mᵀ as `chain` takes it.
-    """
-    batch, length, heads, value_dim = value.shape
-    key_dim = key.shape[-1]
-    pieces = pl.cdiv(length, share * CHUNK)
-    outputs = dict(
-        ends=jax.ShapeDtypeStruct((batch, heads, pieces, value_dim, key_dim), F32),
-        maps=jax.ShapeDtypeStruct((batch, heads, pieces, 2 * key_dim, key_dim), ROUNDED),
-    )
-    return _scan(
-        "efla_summaries", key, None, value, solve, vectors, begins, initial, outputs,
-        scale=1.0, tied=tied, save=False, share=share, writers=1 + (value_dim == key_dim),
-    )  # fmt: skip
-
-
-def _scan(name, key, query, value, solve, vectors, documents, starts, outputs, *, scale, tied, save, share, writers):
-    batch, length, key_heads, key_dim = key.shape
-    heads, value_dim = value.shape[2:]
-    dtype = value.dtype
-    read = query is not None
-    decayed, summed, masked = "left" in vectors, read and "sums" in vectors, read and documents is not None
-    inputs = dict(key=key, value=value, solve=solve)
-    inputs |= {f"{name}_v": x for name, x in vectors.items() if read or name != "sums"}
-    inputs |= dict(query=query) if read else {}
-    if documents is not None:
-        inputs["documents" if read else "begins"] = documents
-    inputs |= dict(starts=starts) if starts is not None else {}
+    decayed, summed, masked = "left" in vectors, "sums" in vectors, documents is not None
+    inputs = dict(key=key, value=value, solve=solve, query=query)
+    inputs |= {f"{name}_v": x for name, x in vectors.items()}
+    inputs |= {name: x for name, x in dict(documents=documents, starts=starts).items() if x is not None}
     keys, values, queries = Ring.of("keys", 4, 1), Ring.of("values", 4, 1), Ring.of("queries", 2, 1)
     scores, states, updates = Ring.of("scores", 2, 1), Ring.of("states", 1, 1), Ring.of("updates", 1, 1)
     vector = lambda ring: plgpu.SMEM((ring.slots, CHUNK), F32)
+    numbers = plgpu.SMEM((CHUNK,), jnp.int32)
     scratch = dict(
         k_s=smem((keys.slots, CHUNK, key_dim), dtype),
-        v_s=smem((values.slots, writers, *SQUARE), dtype),
+        v_s=smem((values.slots, 1, *SQUARE), dtype),
         solve_s=smem((values.slots, *SQUARE), dtype),
         erase_s=vector(values) if "erase" in vectors else None,
         left_s=vector(values) if decayed else None,
         right_s=vector(values) if decayed else None,
-        state_stage=stage(dtype, writers),
-        **keys.barriers(1, writers + read),
-        **values.barriers(writers + 1 + len({"erase", "left", "right"} & set(vectors)), writers),
+        state_stage=stage(dtype, 1),
+        q_s=smem((queries.slots, CHUNK, key_dim), dtype),
+        states_s=smem((states.slots, 64, key_dim), dtype),
+        updates_s=smem((updates.slots, *SQUARE), dtype),
+        solved_s=smem(SQUARE, dtype) if save and tied else None,
+        scores_s=smem((scores.slots, *SQUARE), dtype),
+        output_s=smem(SQUARE, dtype),
+        read_s=vector(queries) if decayed else None,  # left, for the output warpgroup
+        sums_r=vector(queries) if summed else None,
+        sums_c=vector(queries) if summed else None,
+        documents_r=plgpu.SMEM((queries.slots, CHUNK), jnp.int32) if masked else None,
+        documents_c=plgpu.SMEM((queries.slots, CHUNK), jnp.int32) if masked else None,
+        numbers_r=numbers,  # 0 … 63, to be read by rows and by columns
+        numbers_c=numbers,
+        **keys.barriers(1, 2),
+        **values.barriers(2 + len({"erase", "left", "right"} & set(vectors)), 1),
+        **queries.barriers(1 + decayed + 2 * summed + 2 * masked, 1),
+        **scores.barriers(1, 1),
+        **states.barriers(1, 1),
+        **updates.barriers(1, 1),
     )
-    if read:
-        scratch |= dict(
-            q_s=smem((queries.slots, CHUNK, key_dim), dtype),
-            states_s=smem((states.slots, 64, key_dim), dtype),
-            updates_s=smem((updates.slots, *SQUARE), dtype),
-            solved_s=smem(SQUARE, dtype) if save and tied else None,
-            scores_s=smem((scores.slots, *SQUARE), dtype),
-            output_s=smem(SQUARE, dtype),
-            read_s=vector(queries) if decayed else None,  # left, for the output warpgroup
-            sums_r=vector(queries) if summed else None,
-            sums_c=vector(queries) if summed else None,
-            documents_r=plgpu.SMEM((queries.slots, CHUNK), jnp.int32) if masked else None,
-            documents_c=plgpu.SMEM((queries.slots, CHUNK), jnp.int32) if masked else None,
-            numbers_r=plgpu.SMEM((CHUNK,), jnp.int32),  # 0 … 63, to be read by rows and by columns
-            numbers_c=plgpu.SMEM((CHUNK,), jnp.int32),
-            **queries.barriers(1 + decayed + 2 * summed + 2 * masked, 1),
-            **scores.barriers(1, 1),
-            **states.barriers(1, 1),
-            **updates.barriers(1, 1),
-        )
-    groups = (value_dim + (0 if read else key_dim)) // 64  # of 64 columns
-    chunks = pl.cdiv(length, CHUNK)
-    pieces = pl.cdiv(chunks, share)
+    pieces, blocks = pl.cdiv(chunks, share), value_dim // 64
     config = SimpleNamespace(
-        chunks=chunks, share=share, pieces=pieces, group=heads // key_heads, blocks=groups // writers,
-        key_dim=key_dim, value_groups=value_dim // 64, writers=writers, read=read, dtype=dtype, scale=scale, tied=tied,
-        folded="erase" not in vectors, save=save, decayed=decayed, summed=summed, masked=masked,
-        given=starts is not None, skipping=documents is not None and not read,
-        keys=keys, values=values, queries=queries, scores=scores, states=states, updates=updates, solves=values,
-        fed=False, shared=False,
+        chunks=chunks, share=share, pieces=pieces, group=heads // key.shape[2], blocks=blocks, key_dim=key_dim,
+        read=True, dtype=dtype, scale=scale, tied=tied, folded="erase" not in vectors, save=save, decayed=decayed,
+        summed=summed, masked=masked, given=starts is not None, keys=keys, values=values, queries=queries,
+        scores=scores, states=states, updates=updates, solves=values, fed=False, shared=False,
     )  # fmt: skip
-    roles = (
-        ((writers, state_warpgroup), (1, _output), (1, _helper)) if read else ((writers, state_warpgroup), (1, _helper))
-    )
-    return launch(name, config, inputs, outputs, scratch, (batch, heads, pieces * config.blocks), *roles)
+    roles = (1, state_warpgroup), (1, _output), (1, _helper)
+    return launch("efla_scan", config, inputs, outputs, scratch, (batch, heads, pieces * blocks), *roles)
 
 
 def _output(config, r, _):
     """The output warpgroup: what the tokens of a chunk read of the state before it and of the chunk's own updates."""
     _, first, count = piece_of(config, r)
-    columns = pl.ds(group_of(config, r, 0) * 64, 64)
+    columns = pl.ds(columns_of(config, r) * 64, 64)
     queries, scores, states, updates = config.queries, config.scores, config.states, config.updates
 
     def step(i, carry):
@@ -201,39 +151,21 @@ def _helper(config, r, _):
             plgpu.commit_smem()  # what read the place is done before the copy, which is another proxy, writes it
             pl.when(i + ring.slots < count)(lambda ring=ring, load=load: load(i + ring.slots))
 
-    if not config.read:
-        _empty_values(config, r)
     for i in range(min(config.keys.slots, config.share)):
         for ring, load in loads:
             if i < ring.slots:
                 pl.when(count > i)(lambda i=i, load=load: load(0 * count + i))
-    if config.read:
-        write_numbers(r)
-        plgpu.commit_smem()
+    write_numbers(r)
+    plgpu.commit_smem()
 
     def step(i, carry):
-        if config.read:
-            _write_scores(config, r, i)
+        _write_scores(config, r, i)
         pl.when(i > 0)(lambda: recycle(i - 1))
         return carry
 
     lax.fori_loop(0, count, step, None)
     recycle(count - 1)
-    if config.read:
-        config.scores.wait_last(r, count)
-
-
-def _empty_values(config, r):
-    """A map has no values: zeros, which stay."""
-    nothing = plgpu.layout_cast(jnp.zeros(SQUARE, config.dtype), TILE)
-    for w in range(config.writers):
-
-        @pl.when(group_of(config, r, w) >= config.value_groups)
-        def _(w=w):
-            for slot in range(config.values.slots):
-                r.v_s.at[slot + r.first, w][...] = nothing
-
-    plgpu.commit_smem()
+    config.scores.wait_last(r, count)
 
 
 def _loads(config, r, first):
@@ -255,15 +187,8 @@ def _loads(config, r, first):
             load(ring, i, (r.erase_v.at[tokens], r.erase_s))
         if config.decayed:
             load(ring, i, (r.left_v.at[tokens], r.left_s), (r.right_v.at[tokens], r.right_s))
-        for w in range(config.writers):
-            group, target = group_of(config, r, w), r.v_s.at[ring.place(i), w]
-            source = r.value.at[r.b, rows(i), r.h, pl.ds(group * 64, 64)]
-            if config.read:
-                plgpu.copy_gmem_to_smem(source, target, ring.full(r, i))
-            else:
-                has = group < config.value_groups
-                pl.when(has)(lambda s=source, t=target: plgpu.copy_gmem_to_smem(s, t, ring.full(r, i)))
-                pl.when(~has)(lambda: plgpu.barrier_arrive(ring.full(r, i)))
+        columns = pl.ds(columns_of(config, r) * 64, 64)
+        load(ring, i, (r.value.at[r.b, rows(i), r.h, columns], r.v_s.at[:, 0]))
 
     def load_queries(i):
         ring, tokens = config.queries, (r.b, r.h, rows(i))
@@ -276,8 +201,7 @@ def _loads(config, r, first):
             documents = r.documents.at[r.b, rows(i)]
             load(ring, i, (documents, r.documents_r), (documents, r.documents_c))
 
-    reads = ((config.queries, load_queries),) if config.read else ()
-    return *reads, (config.values, load_values), (config.keys, load_keys)
+    return (config.queries, load_queries), (config.values, load_values), (config.keys, load_keys)
 
 
 def _write_scores(config, r, i):

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 
 from pallas_kernels.hopper import blocks, op, pieces
-from pallas_kernels.hopper.chain import chain, split
-from pallas_kernels.hopper.pieces import Plan
+from pallas_kernels.hopper.chain import chain, chain_back, split
+from pallas_kernels.hopper.pieces import Parts, Plan
 from tests.pallas_kernels.hopper.helpers import assert_accurate, documents, rounded
 
 
@@ -44,7 +44,9 @@ def test_fill(heads, length, count):
         ("both", 16, 1, 128, Plan(True, 1, 1)),
     ],
 )
-def test_plan(direction, heads, length, value_dim, want):
+def test_plan(monkeypatch, direction, heads, length, value_dim, want):
+    """Where nothing was measured."""
+    monkeypatch.setattr(blocks, "lookup", lambda *args: {})
     assert pieces.plan(direction, heads, length, 128, value_dim) == want
 
 
@@ -70,24 +72,57 @@ def test_states_and_outputs_apart(monkeypatch, heads, measured, want):
     assert not pieces.plan("both", heads, 8192, 128, 128).apart
 
 
+@pytest.mark.parametrize(
+    ("share", "chunks", "even", "want"),
+    [
+        (64, 256, False, Parts((0, 64, 128, 192), (0, 1, 2, 3))),
+        (64, 256, True, Parts((0, 48, 64, 96, 128, 144, 192), (0, 1, 3, 5, 6))),
+        (64, 250, True, Parts((0, 48, 64, 96, 128, 144, 192), (0, 1, 3, 5, 6))),  # the last piece is shorter
+        (32, 64, True, Parts((0, 16, 32), (0, 1, 2))),
+        (30, 90, True, Parts((0, 20, 30, 40, 60), (0, 1, 3, 4))),
+        (15, 60, True, Parts((0, 15, 30, 45), (0, 1, 2, 3))),  # the chain would cost more
+        (64, 64, True, Parts((0,), (0,))),
+    ],
+)
+def test_parts(share, chunks, even, want):
+    """What is summed up: all but the last piece, in runs of one or two parts, none longer than a piece."""
+    assert pieces.parts(share, chunks, even=even) == want
+
+
+def _sums(count, size):
+    """Mᵀ, Eᵀ and a state, and the first two as `chain` takes them."""
+    random = np.random.default_rng(0)
+    maps, ends = random.normal(size=(count, size, size)) / 16, random.normal(size=(count, size, size))
+    parts = jnp.concatenate(split(jnp.asarray(maps, jnp.float32)), axis=1)[None, None]
+    return maps, ends, random.normal(size=(size, size)), (parts, jnp.asarray(ends, jnp.float32)[None, None])
+
+
+@pytest.mark.usefixtures("interpreted")
+@pytest.mark.parametrize(
+    ("given", "count", "wanted"), [(True, 4, (0, 1, 3)), (False, 4, (0, 2, 3, 4)), (True, 1, (0, 1))]
+)
+def test_chain(given, count, wanted):
+    """S_end = M S_start + E from part to part, nearly in float32."""
+    maps, ends, first, arrays = _sums(count, 64)
+    state = jnp.asarray(first, jnp.float32)[None, None] if given else None
+    want = [first if given else np.zeros_like(first), ends[0]]  # the first end is of what is before it already
+    for n in range(1, count):
+        want.append(ends[n] + want[-1] @ maps[n])
+    got = np.asarray(chain(state, *arrays, wanted))[0, 0]
+    np.testing.assert_allclose(got, np.stack([want[n] for n in wanted]), atol=2**-15 * np.abs(want).max())
+
+
 @pytest.mark.usefixtures("interpreted")
 @pytest.mark.parametrize("given", [True, False])
-def test_chain(given):
-    """S_end = M S_start + E from piece to piece; the cotangents from the far end by Mᵀ; nearly in float32."""
-    random = np.random.default_rng(0)
-    count, size = 4, 64
-    maps, ends = random.normal(size=(count, size, size)) / 16, random.normal(size=(count, size, size))  # Mᵀ, Eᵀ
-    first = random.normal(size=(size, size)) if given else np.zeros((size, size))
-    state = jnp.asarray(first, jnp.float32)[None, None] if given else None
-    parts = jnp.concatenate(split(jnp.asarray(maps, jnp.float32)), axis=1)[None, None]
-    for backward in (False, True):
-        got = np.asarray(chain(state, parts, jnp.asarray(ends, jnp.float32)[None, None], backward=backward))[0, 0]
-        order = range(count)[::-1] if backward else range(count)
-        want, now = np.zeros((count, size, size)), first
-        for step, piece in enumerate(order):
-            want[piece] = now  # the first one's end is of `first` already
-            now = ends[piece] + (now @ (maps[piece].T if backward else maps[piece]) if step else 0)
-        np.testing.assert_allclose(got, want, atol=2**-15 * np.abs(want).max())
+def test_chain_back(given):
+    """The cotangents from the far end by Mᵀ, of pieces whose last map was not made."""
+    maps, ends, last, (parts, all_ends) = _sums(4, 64)
+    state = jnp.asarray(last, jnp.float32)[None, None] if given else None
+    want = [last if given else np.zeros_like(last), ends[3]]
+    for n in (2, 1):
+        want.append(ends[n] + want[-1] @ maps[n].T)
+    got = np.asarray(chain_back(state, parts[:, :, :-1], all_ends))[0, 0]
+    np.testing.assert_allclose(got, np.stack(want[::-1]), atol=2**-15 * np.abs(want).max())
 
 
 CASES = [
@@ -100,9 +135,12 @@ def test_borders():
     """Of each piece, the chunks before the last one in which a document begins, and those up to the first such one."""
     starts = (10, 64, 70, 64 * 5 + 63, 64 * 9)
     number = np.searchsorted(starts, np.arange(64 * 10), side="right")
-    found: Any = op._borders(jnp.asarray(number[None], jnp.int32), 3)  # chunks 0, 1; 5; none; 9, the only one
+    bounds = 0, 3, 6, 9, 10
+    found: Any = op._borders(jnp.asarray(number[None], jnp.int32), bounds)  # chunks 0, 1; 5; none; 9, the only one
     assert np.array_equal(found, [[[1, 2, 0, 0]], [[1, 3, 3, 1]]])
-    without: Any = op._borders(jnp.zeros((1, 64 * 5), jnp.int32), 3)
+    of_five: Any = op._borders(jnp.asarray(number[None], jnp.int32), (0, 1, 5, 7))  # chunk 0; 1; 5
+    assert np.array_equal(of_five, [[[0, 0, 0]], [[1, 1, 1]]])
+    without: Any = op._borders(jnp.zeros((1, 64 * 5), jnp.int32), (0, 3, 5))
     assert np.array_equal(without, [[[0, 0]], [[3, 2]]])
 
 

@@ -1,0 +1,213 @@
+"""What parts of a row do to the state, so that all pieces of a scan can begin at a time.
+
+Over a part the state goes through an affine map, S ↦ M S + E: E is what the scan leaves of a zero state, M what it
+leaves of the identity and values that are zero. So E and M are walked alike, by state warpgroups as those of
+`pallas_kernels.hopper.scan`, of 64 columns each; a helper sends for what they read. A block of threads walks one part
+or two, one after the other, as `pieces.Parts` has them.
+"""
+
+from types import SimpleNamespace
+
+import jax
+import jax.experimental.pallas as pl
+import jax.experimental.pallas.mosaic_gpu as plgpu
+import jax.numpy as jnp
+from jax import lax
+
+from pallas_kernels.hopper.chain import ROUNDED, split
+from pallas_kernels.hopper.mosaic import (
+    CHUNK,
+    F32,
+    SQUARE,
+    TILE,
+    Ring,
+    check_registers,
+    launch,
+    lookup,
+    set_registers,
+    smem,
+    stage,
+    store,
+)
+from pallas_kernels.hopper.scan_state import follow
+
+REGISTERS = dict(state=224, helper=56)  # of a thread. A launch gives three warpgroups 168 each, two 256.
+
+
+def summaries(key, value, solve, vectors, begins, initial, *, tied, parts):
+    """Of every part, what it makes of a zero state (the first one: of the initial state) and its map.
+
+    Args:
+        key, value, solve, vectors: as `scan` takes them; of solve only what parts cover is looked at.
+        begins: [B, P] int32, as many chunks of a part lie before the last one in which a document begins, or None.
+        initial: [B, H, V, K] float32 or None for zeros.
+        parts: `pieces.Parts`.
+
+    Returns:
+        ends [B, H, P, V, K] float32, Eᵀ; maps [B, H, P, 2·K, K] bfloat16, Mᵀ as `chain` takes it, without the first.
+    """
+    batch, _, heads, value_dim = value.shape
+    key_heads, key_dim = key.shape[2:]
+    count, dtype, decayed = len(parts.bounds) - 1, value.dtype, "left" in vectors
+    inputs = dict(key=key, value=value, solve=solve)
+    inputs |= {f"{name}_v": x for name, x in vectors.items() if name != "sums"}
+    inputs |= {name: x for name, x in dict(begins=begins, starts=initial).items() if x is not None}
+    outputs = dict(
+        ends=jax.ShapeDtypeStruct((batch, heads, count, value_dim, key_dim), F32),
+        maps=jax.ShapeDtypeStruct((batch, heads, count, 2 * key_dim, key_dim), ROUNDED),
+    )
+    writers = 1 + (value_dim == key_dim)
+    keys, values = Ring.of("keys", 4, 1), Ring.of("values", 4, 1)
+    numbers = [name for name in ("erase", "left", "right") if name in vectors]  # by token
+    scratch = dict.fromkeys(("erase_s", "left_s", "right_s")) | dict(
+        k_s=smem((keys.slots, CHUNK, key_dim), dtype),
+        v_s=smem((values.slots, writers, *SQUARE), dtype),
+        solve_s=smem((values.slots, *SQUARE), dtype),
+        **{f"{name}_s": plgpu.SMEM((values.slots, CHUNK), F32) for name in numbers},
+        state_stage=stage(dtype, writers),
+        **keys.barriers(1, writers),
+        **values.barriers(writers + 1 + len(numbers), writers),
+    )
+    of_values = -(-value_dim // 64 // writers)  # blocks of a walk that have columns of values
+    of_maps = (value_dim + key_dim) // 64 // writers - of_values
+    walks = len(parts.walks) - 1
+    config = SimpleNamespace(
+        parts=parts, walks=walks, of_values=of_values, of_maps=of_maps, group=heads // key_heads, key_dim=key_dim,
+        value_groups=value_dim // 64, writers=writers, read=False, tied=tied, dtype=dtype, save=False, fed=False,
+        shared=False, folded="erase" not in vectors, decayed=decayed, numbers=numbers, skipping=begins is not None,
+        given=initial is not None, keys=keys, values=values, solves=values,
+    )  # fmt: skip
+    check_registers((writers, REGISTERS["state"]), (1, REGISTERS["helper"]))
+    grid = batch, heads, walks * of_values + (walks - 1) * of_maps  # the first part's map leads nowhere
+    return launch("efla_summaries", config, inputs, outputs, scratch, grid, (writers, _state), (1, _helper))
+
+
+def _block(config, r):
+    """Number of the block's walk, and its first 64 columns: those of values, behind them those of maps."""
+    values, maps = (jnp.int32(max(1, count)) for count in (config.of_values, config.of_maps))
+    beyond = r.c - config.walks * config.of_values
+    walk = jnp.where(beyond < 0, lax.div(r.c, values), 1 + lax.div(beyond, maps))
+    block = jnp.where(beyond < 0, lax.rem(r.c, values), config.of_values + lax.rem(beyond, maps))
+    return walk, block * config.writers
+
+
+def _walk(config, r):
+    """Of the block's walk: its first part, how many parts, and of the two (first chunk to look at, how many)."""
+    bounds, walks = config.parts
+    walk, _ = _block(config, r)
+    part = lookup(walks, walk)
+    parts = lookup(walks[1:], walk) - part
+    spans = []
+    for n in range(2):
+        first, end = lookup(bounds, part + n), lookup(bounds, part + jnp.minimum(n + 1, parts))
+        if config.skipping:  # nothing before matters to the part's end
+            first = first + r.begins[r.b, jnp.minimum(part + n, len(bounds) - 2)]
+        spans.append((first, jnp.maximum(end - first, 0)))
+    return part, parts, spans
+
+
+def _state(config, r, w):
+    """A state warpgroup: 64 columns of E or M, of one part after the other."""
+    set_registers(REGISTERS["state"], config.writers + 1)
+    part, parts, ((_, before), (_, behind)) = _walk(config, r)
+    group = _block(config, r)[1] + w
+
+    def sum_up(n, carry):
+        step = lambda i, state: follow(config, r, w, i, None, None, state)
+        first, count = n * before, jnp.where(n == 0, before, behind)
+        state = lax.fori_loop(first, first + count, step, _start(config, r, part + n, group))
+        _leave(config, r, part + n, group, state)
+        return carry
+
+    lax.fori_loop(0, parts, sum_up, None)
+
+
+def _start(config, r, part, group):
+    """What the part is walked from, transposed: the identity or zeros; the first part from what is before the row."""
+    shape = 64, config.key_dim
+    number = lambda axis: plgpu.broadcasted_iota(jnp.int32, shape, axis, layout=TILE)
+    state = jnp.where(number(1) == number(0) + (group - config.value_groups) * 64, 1.0, 0.0)
+    if config.given:
+        columns = pl.ds(jnp.minimum(group, config.value_groups - 1) * 64, 64)
+        initial = plgpu.load(r.starts.at[r.b, r.h, columns], layout=TILE, optimized=False)
+        state = state + initial * jnp.where((part == 0) & (group < config.value_groups), 1.0, 0.0)
+    return state
+
+
+def _leave(config, r, part, group, state):
+    """What the part has made, to device memory."""
+
+    @pl.when(group < config.value_groups)
+    def _():
+        r.ends.at[r.b, r.h, part, pl.ds(group * 64, 64)][...] = state
+
+    @pl.when(group >= config.value_groups)
+    def _():
+        for term, rounded in enumerate(split(state)):
+            rows = pl.ds(term * config.key_dim + (group - config.value_groups) * 64, 64)
+            store(r.maps.at[r.b, r.h, part, rows], rounded)
+
+
+def _helper(config, r, _):
+    """Sends for what is read, in the order in which places get free."""
+    set_registers(REGISTERS["helper"], config.writers + 1)
+    _, _, ((_, before), (_, behind)) = _walk(config, r)
+    count = before + behind
+    loads = _loads(config, r)
+    _empty_values(config, r)
+    for i in range(config.keys.slots):
+        for _, load in loads:
+            pl.when(count > i)(lambda i=i, load=load: load(0 * count + i))
+
+    def recycle(i, carry):
+        """The places of chunk i to later chunks."""
+        for ring, load in loads:
+            plgpu.barrier_wait(ring.free(r, i))
+            plgpu.commit_smem()  # what read the place is done before the copy, which is another proxy, writes it
+            pl.when(i + ring.slots < count)(lambda ring=ring, load=load: load(i + ring.slots))
+        return carry
+
+    lax.fori_loop(0, count, recycle, None)
+
+
+def _empty_values(config, r):
+    """A map has no values: zeros, which stay."""
+    nothing = plgpu.layout_cast(jnp.zeros(SQUARE, config.dtype), TILE)
+    for w in range(config.writers):
+
+        @pl.when(_block(config, r)[1] + w >= config.value_groups)
+        def _(w=w):
+            for slot in range(config.values.slots):
+                r.v_s.at[slot + r.first, w][...] = nothing
+
+    plgpu.commit_smem()
+
+
+def _loads(config, r):
+    """(ring, function of i that sends for what of the i-th chunk goes through it), the first to get free first."""
+    head = lax.div(r.h, config.group)
+    _, _, ((first, before), (second, _)) = _walk(config, r)
+    _, groups = _block(config, r)
+    keys, values = config.keys, config.values
+
+    def chunk(i):
+        return i + jnp.where(i < before, first, second - before)
+
+    def load_keys(i):
+        rows = pl.ds(chunk(i) * CHUNK, CHUNK)
+        plgpu.copy_gmem_to_smem(r.key.at[r.b, rows, head], r.k_s.at[keys.place(i)], keys.full(r, i))
+
+    def load_values(i):
+        n, slot, full = chunk(i), values.place(i), values.full(r, i)
+        rows = pl.ds(n * CHUNK, CHUNK)
+        plgpu.copy_gmem_to_smem(r.solve.at[r.b, r.h, n], r.solve_s.at[slot], full)
+        for name in config.numbers:
+            source, target = getattr(r, f"{name}_v"), getattr(r, f"{name}_s")
+            plgpu.copy_gmem_to_smem(source.at[r.b, r.h, rows], target.at[slot], full)
+        for w in range(config.writers):
+            source = r.value.at[r.b, rows, r.h, pl.ds((groups + w) * 64, 64)]
+            has = groups + w < config.value_groups
+            pl.when(has)(lambda s=source, t=r.v_s.at[slot, w]: plgpu.copy_gmem_to_smem(s, t, full))
+            pl.when(~has)(lambda: plgpu.barrier_arrive(full))
+
+    return (values, load_values), (keys, load_keys)
