@@ -55,7 +55,7 @@ def pieces_candidates(direction: str, shape: Shape) -> tuple[dict[str, int], lis
     choices, own = [dict(pieces=n) for n in sorted(near)], dict(pieces=fill)
     if direction == "forward" and few_heads.serves(batch * heads, value_dim, ("gain",), tied=True, save=False):
         choices += [dict(apart=n) for n in sorted({1, max(1, fill // 2)})]  # of which each takes twice the blocks
-        own = dict(apart=1) if fill == pieces.APART else own
+        own = dict(apart=fill // 2) if fill > 1 else own
     return own, choices
 
 

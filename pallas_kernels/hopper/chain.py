@@ -1,8 +1,12 @@
 """From piece to piece: the state before every piece of a sequence, of what `summaries` makes of its parts.
 
-Sᵀ ← Sᵀ Mᵀ + Eᵀ over the pieces, and for cotangents dSᵀ ← dSᵀ M + dEᵀ from the far end. As neither M of the exact rule
-expands (‖M‖ ≤ 1, for any keys), rounding does not grow along the chain. Products are of bfloat16 on the tensor cores,
-state and map each as the sum of two; of the four terms the one of both remainders, 2⁻¹⁶ of the whole, is left out.
+Sᵀ ← Sᵀ Mᵀ + Eᵀ over the parts, and for cotangents dSᵀ ← dSᵀ M + dEᵀ from the far end. As neither M of the exact rule
+expands (‖M‖ ≤ 1, for any keys), rounding does not grow along the chain.
+
+Maps come in one of two forms. I - M, rounded to the type of the kernels: Sᵀ - (Sᵀ rounded) (I - M)ᵀ + Eᵀ keeps S itself
+in float32 and rounds only what is recalled of it, once a part, as the scan does once a chunk. M, as the sum of two of
+bfloat16: with the state as another such sum, of four products the one of both remainders, 2⁻¹⁶ of the whole, is left
+out. A map of zeros then leaves nothing of what was before.
 """
 
 from types import SimpleNamespace
@@ -29,8 +33,8 @@ def chain(first, maps, ends, wanted):
 
     Args:
         first: [B, H, V, K] float32, Sᵀ before the first part, or None for zeros.
-        maps: [B, H, P, 2·K, K] bfloat16, Mᵀ of every part as the sum of two, one below the other. That of the first is
-            not looked at: its end has been made of `first`.
+        maps: [B, H, P, K, K] bfloat16 or float16, (I - M)ᵀ of every part; or [B, H, P, 2·K, K] bfloat16, Mᵀ as the sum
+            of two, one below the other. That of the first is not looked at: its end has been made of `first`.
         ends: [B, H, P, V, K] float32, Eᵀ.
         wanted: which of the P + 1 states, in order.
 
@@ -45,7 +49,7 @@ def chain_back(last, maps, ends):
 
     Args:
         last: [B, H, V, K] float32, dSᵀ behind the last piece, or None for zeros.
-        maps: [B, H, P or one less, 2·K, K], as of `chain`. Those of the first and the last piece are not looked at.
+        maps: [B, H, P or one less, …], as of `chain`. Those of the first and the last piece are not looked at.
         ends: [B, H, P, V, K] float32, dEᵀ, P ≥ 3; that of the last one has been made of `last`.
 
     Returns:
@@ -61,14 +65,14 @@ def _run(first, maps, ends, wanted, *, backward):
         inputs["first_state"] = first
     ring = Ring.of("steps", 2, 1)
     scratch = dict(
-        maps_s=smem((ring.slots, 2 * key_dim, key_dim), ROUNDED),
+        maps_s=smem((ring.slots, *maps.shape[3:]), maps.dtype),
         ends_s=smem((ring.slots, CHUNK, key_dim), F32),
         steps_full=plgpu.Barrier(num_arrivals=2, num_barriers=ring.turns),
-        state_stage=stage(ROUNDED),
+        state_stage=stage(maps.dtype),
     )
     config = SimpleNamespace(
         states=ends.shape[2] + (not backward), key_dim=key_dim, given=first is not None, backward=backward, ring=ring,
-        wanted=wanted,
+        wanted=wanted, terms=maps.shape[3] // key_dim, dtype=maps.dtype,
     )  # fmt: skip
     outputs = dict(starts=jax.ShapeDtypeStruct((batch, heads, len(wanted), value_dim, key_dim), F32))
     grid = batch, heads, value_dim // 64
@@ -108,11 +112,15 @@ def _chain(config, r, _):
         store(i + 1, state)
         plgpu.barrier_wait(ring.full(r, i))
         slot = ring.place(i)
-        maps = [r.maps_s.at[slot, pl.ds(part * config.key_dim, config.key_dim)] for part in range(2)]
+        maps = [r.maps_s.at[slot, pl.ds(part * config.key_dim, config.key_dim)] for part in range(config.terms)]
         maps = [x.T for x in maps] if config.backward else maps
         end = plgpu.load(r.ends_s.at[slot], layout=TILE)
-        high, low = split(state)
-        state = matmul([high, high, low], [maps[0], maps[1], maps[0]], state.shape, init=end, staged=staged)
+        if config.terms == 1:
+            # added up outside of the tensor cores, which truncate what is small beside the sum
+            state = state + (end - matmul(state.astype(config.dtype), maps[0], state.shape, staged=staged))
+        else:
+            high, low = split(state)
+            state = matmul([high, high, low], [maps[0], maps[1], maps[0]], state.shape, init=end, staged=staged)
         plgpu.commit_smem()  # what read the place is done before the copy, which is another proxy, writes it
         pl.when(i + ring.slots < steps)(lambda: load(i + ring.slots))
         return state

@@ -95,7 +95,7 @@ def _by_scan(query, key, value, vectors, documents, initial, plan, options, exac
     before."""
     tied, save = options["tied"], options["save"]
     chunks, (key_dim, value_dim) = -(-key.shape[1] // CHUNK), (key.shape[-1], value.shape[-1])
-    parts = pieces.parts(plan.backward, chunks, even=not save and key_dim == value_dim)
+    parts = pieces.parts(plan.backward, chunks, even=not save and documents is None and key_dim == value_dim)
     prepared = parts.bounds[-1] if apart else chunks
     made = prepare(key, vectors, documents, value.dtype, chunks=prepared, tied=tied, save=save, exact=exact)
     solve = made.pop("solve")

@@ -11,7 +11,6 @@ from pallas_kernels.hopper import blocks
 from pallas_kernels.hopper.mosaic import CHUNK, PROCESSORS
 
 SHORTEST = 8  # chunks of a piece; below, what pieces cost besides is more than they save
-APART = 2  # where so many pieces would fill the card, the kernel of few heads is faster than pieces, and than one
 
 
 class Plan(NamedTuple):
@@ -44,7 +43,8 @@ class Parts(NamedTuple):
 
 def parts(share: int, chunks: int, *, even: bool) -> Parts:
     """All pieces of `share` chunks but the last, which nothing follows. even: as many runs as there are pieces, that
-    one included, so that each is shorter than a piece; where it is by more than the chain, which gets longer, takes."""
+    one included, so that each is shorter than a piece; where it is by more than the chain, which gets longer, takes.
+    Not for documents: of a part only what follows the last beginning of one is walked, and the fewer parts the less."""
     count = -(-chunks // share) - 1
     end = count * share
     if not count:
@@ -63,11 +63,11 @@ def plan(direction: str, heads: int, length: int, key_dim: int, value_dim: int) 
 
 
 def chosen(direction: str, heads: int, length: int, value_dim: int, choice: dict[str, int]) -> Plan:
-    """The plan of a choice as `blocks` has it: "pieces" of a row, and "apart", those of the kernel of few heads. What
-    it does not say is by rule."""
+    """The plan of a choice as `blocks` has it: "pieces" of a row, or "apart", those of the kernel of few heads. Without
+    one, as many as fill the card, which for the latter, two blocks of threads a head, are half as many."""
     count = fill(heads, length)
     whole = cut(direction, heads, length, value_dim, choice.get("pieces", count))
-    apart = choice.get("apart", int(not choice and count == APART)) if direction == "forward" else 0
+    apart = choice.get("apart", 0 if choice else count // 2) if direction == "forward" else 0
     return whole._replace(apart=-(-max(1, -(-length // CHUNK)) // apart)) if apart else whole
 
 
@@ -81,8 +81,6 @@ def cut(direction: str, heads: int, length: int, value_dim: int, pieces: int) ->
         return Plan(True, chunks, share if direction == "both" else chunks)
     if direction == "both":
         return Plan(False, share * groups, share)
-    if pieces < 4 * groups:  # the scan alone takes no longer
-        return Plan(False, chunks, chunks)
     return Plan(False, share * groups, share * groups)
 
 

@@ -1,9 +1,13 @@
 """What parts of a row do to the state, so that all pieces of a scan can begin at a time.
 
-Over a part the state goes through an affine map, S ↦ M S + E: E is what the scan leaves of a zero state, M what it
-leaves of the identity and values that are zero. So E and M are walked alike, by state warpgroups as those of
+Over a part the state goes through an affine map, S ↦ M S + E: E is what the scan leaves of a zero state, I - M what it
+leaves of a zero state and the keys as values. So both are walked alike, by state warpgroups as those of
 `pallas_kernels.hopper.scan`, of 64 columns each; a helper sends for what they read. A block of threads walks one part
 or two, one after the other, as `pieces.Parts` has them.
+
+Where little is forgotten M is next to the identity, beside which a tensor core, which truncates, loses of what is.
+With decay, or documents, which must stay apart exactly, it is M itself that is walked, from the identity and without
+values.
 """
 
 from types import SimpleNamespace
@@ -44,7 +48,7 @@ def summaries(key, value, solve, vectors, begins, initial, *, tied, parts):
         parts: `pieces.Parts`.
 
     Returns:
-        ends [B, H, P, V, K] float32, Eᵀ; maps [B, H, P, 2·K, K] bfloat16, Mᵀ as `chain` takes it, without the first.
+        ends [B, H, P, V, K] float32, Eᵀ; maps as `chain` takes them, all but the first.
     """
     batch, _, heads, value_dim = value.shape
     key_heads, key_dim = key.shape[2:]
@@ -54,7 +58,9 @@ def summaries(key, value, solve, vectors, begins, initial, *, tied, parts):
     inputs |= {name: x for name, x in dict(begins=begins, starts=initial).items() if x is not None}
     outputs = dict(
         ends=jax.ShapeDtypeStruct((batch, heads, count, value_dim, key_dim), F32),
-        maps=jax.ShapeDtypeStruct((batch, heads, count, 2 * key_dim, key_dim), ROUNDED),
+        maps=jax.ShapeDtypeStruct(
+            (batch, heads, count, (1 + decayed) * key_dim, key_dim), ROUNDED if decayed else dtype
+        ),
     )
     writers = 1 + (value_dim == key_dim)
     keys, values = Ring.of("keys", 4, 1), Ring.of("values", 4, 1)
@@ -123,10 +129,13 @@ def _state(config, r, w):
 
 
 def _start(config, r, part, group):
-    """What the part is walked from, transposed: the identity or zeros; the first part from what is before the row."""
+    """What the part is walked from, transposed: zeros or the identity; the first part from what is before the row."""
     shape = 64, config.key_dim
     number = lambda axis: plgpu.broadcasted_iota(jnp.int32, shape, axis, layout=TILE)
-    state = jnp.where(number(1) == number(0) + (group - config.value_groups) * 64, 1.0, 0.0)
+    if config.decayed:
+        state = jnp.where(number(1) == number(0) + (group - config.value_groups) * 64, 1.0, 0.0)
+    else:
+        state = plgpu.layout_cast(jnp.zeros(shape, F32), TILE)
     if config.given:
         columns = pl.ds(jnp.minimum(group, config.value_groups - 1) * 64, 64)
         initial = plgpu.load(r.starts.at[r.b, r.h, columns], layout=TILE, optimized=False)
@@ -143,7 +152,7 @@ def _leave(config, r, part, group, state):
 
     @pl.when(group >= config.value_groups)
     def _():
-        for term, rounded in enumerate(split(state)):
+        for term, rounded in enumerate(split(state) if config.decayed else [state.astype(config.dtype)]):
             rows = pl.ds(term * config.key_dim + (group - config.value_groups) * 64, 64)
             store(r.maps.at[r.b, r.h, part, rows], rounded)
 
@@ -154,7 +163,8 @@ def _helper(config, r, _):
     _, _, ((_, before), (_, behind)) = _walk(config, r)
     count = before + behind
     loads = _loads(config, r)
-    _empty_values(config, r)
+    if config.decayed:
+        _empty_values(config, r)
     for i in range(config.keys.slots):
         for _, load in loads:
             pl.when(count > i)(lambda i=i, load=load: load(0 * count + i))
@@ -171,7 +181,7 @@ def _helper(config, r, _):
 
 
 def _empty_values(config, r):
-    """A map has no values: zeros, which stay."""
+    """Where maps have no values: zeros, which stay."""
     nothing = plgpu.layout_cast(jnp.zeros(SQUARE, config.dtype), TILE)
     for w in range(config.writers):
 
@@ -205,9 +215,18 @@ def _loads(config, r):
             source, target = getattr(r, f"{name}_v"), getattr(r, f"{name}_s")
             plgpu.copy_gmem_to_smem(source.at[r.b, r.h, rows], target.at[slot], full)
         for w in range(config.writers):
-            source = r.value.at[r.b, rows, r.h, pl.ds((groups + w) * 64, 64)]
-            has = groups + w < config.value_groups
-            pl.when(has)(lambda s=source, t=r.v_s.at[slot, w]: plgpu.copy_gmem_to_smem(s, t, full))
-            pl.when(~has)(lambda: plgpu.barrier_arrive(full))
+            target, group = r.v_s.at[slot, w], groups + w
+
+            @pl.when(group < config.value_groups)
+            def _(target=target, group=group):
+                plgpu.copy_gmem_to_smem(r.value.at[r.b, rows, r.h, pl.ds(group * 64, 64)], target, full)
+
+            @pl.when(group >= config.value_groups)
+            def _(target=target, group=group):
+                if config.decayed:
+                    plgpu.barrier_arrive(full)
+                else:
+                    source = r.key.at[r.b, rows, head, pl.ds((group - config.value_groups) * 64, 64)]
+                    plgpu.copy_gmem_to_smem(source, target, full)
 
     return (values, load_values), (keys, load_keys)
