@@ -27,14 +27,14 @@ from pallas_kernels.hopper.mosaic import CHUNK, TILE, set_registers
 FORWARD = sys.modules[op.forward_kernel.__module__]  # the package's name `forward` is the function
 
 
-def _idle(config, r, *rings):
-    """Waits for what each chunk's place in the rings holds, and gives it back."""
+def _idle(config, r, rings, freed):
+    """Waits for what each chunk's place in the rings holds, and gives back those that are given back one by one."""
 
     def step(n, carry):
         for ring in rings:
             plgpu.barrier_wait(ring.full(r, n))
         plgpu.commit_smem()  # in a cluster one thread gives back, for all that have waited
-        for ring in rings:
+        for ring in freed:
             plgpu.barrier_arrive(ring.free(r, n))
         return carry
 
@@ -43,17 +43,17 @@ def _idle(config, r, *rings):
 
 def idle_state(config, r, w):
     set_registers(config.state_registers, config.warpgroups)
-    _idle(config, r, config.keys, config.values, config.products, config.queries)
+    _idle(config, r, (config.keys, config.values, config.products, config.queries), (config.keys,))
 
 
 def idle_few_state(config, r, w):
     set_registers(few_heads.REGISTERS["state"], config.warpgroups)
-    _idle(config, r, config.keys, config.values, config.products)
+    _idle(config, r, *2 * ((config.keys, config.values, config.products),))
 
 
 def idle_few_output(config, r, w):
     set_registers(few_heads.REGISTERS["output"], config.warpgroups)
-    _idle(config, r, config.keys, config.queries)
+    _idle(config, r, *2 * ((config.keys, config.queries),))
 
 
 def _zeros(config):
@@ -62,10 +62,11 @@ def _zeros(config):
 
 def no_inverse(config, r, slot, put, decay, midway):
     midway()
-    put("solve_s", _zeros(config))
+    return lambda: put("solve_s", _zeros(config))
 
 
-def no_scores(config, r, n):
+def no_scores(config, r, n, meanwhile):
+    meanwhile()
     plgpu.barrier_wait(config.queries.full(r, n))
     forward_helper._put(config, r, lambda: n, "scores_s", _zeros(config))
 

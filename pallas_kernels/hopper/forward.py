@@ -65,7 +65,7 @@ def _crew(writers, key_dim, save, decayed, tied):
         return 2, None, None
     if save or decayed:
         return (1, 176, 152) if save and (decayed or not tied) else (1, None, None)
-    return 2, 168, 88
+    return 2, 160, 96
 
 
 def forward(key, query, value, vectors, documents, initial, *, scale, tied, save, exact=False):
@@ -139,9 +139,9 @@ def forward(key, query, value, vectors, documents, initial, *, scale, tied, save
         numbers_r=plgpu.SMEM((CHUNK,), jnp.int32),  # 0 … 63, to be read by rows and by columns
         numbers_c=plgpu.SMEM((CHUNK,), jnp.int32),
         **keys.barriers(2 + 2 * decayed + 2 * summed + 2 * masked, writers),
-        **queries.barriers(1, writers),
-        **values.barriers(writers, writers),
-        **products.barriers(1, writers),
+        **queries.barriers(1),
+        **values.barriers(writers),
+        **products.barriers(1),
         scale_s=plgpu.SMEM((writers, CHUNK), F32),
         state_stage=stage(dtype, writers),
     )
@@ -173,7 +173,7 @@ def _state(config, r, w):
     columns = pl.ds((r.c * config.writers + w) * 64, 64)
     staged = part_of(r.state_stage, w)
     shape = 64, config.key_dim
-    keys, queries, values, products = config.keys, config.queries, config.values, config.products
+    keys, queries, products = config.keys, config.queries, config.products
     if config.initial:
         state = plgpu.load(r.initial.at[r.b, r.h, columns], layout=TILE, optimized=False)
     else:
@@ -203,14 +203,16 @@ def _state(config, r, w):
         if config.decayed:
             out = out * left()
         out = matmul(update_low, scores_s.T, SQUARE, init=out, staged=staged)
-        plgpu.barrier_arrive(products.free(r, n))
-        plgpu.barrier_arrive(queries.free(r, n))
         if not config.staged:
             state = advanced(state)
-        plgpu.barrier_arrive(keys.free(r, n))
+        free = lambda: plgpu.barrier_arrive(
+            keys.free(r, n)
+        )  # of the chunk are all its places, those of other rings too
+        if not config.save:
+            free()
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)
         if config.save:  # E has left the place of V
-            plgpu.barrier_arrive(values.free(r, n))
+            free()
         r.stage_s.at[w, 0].T[...] = out.astype(config.dtype)
         plgpu.commit_smem()
         plgpu.copy_smem_to_gmem(r.stage_s.at[w, 0], r.output.at[r.b, pl.ds(n * CHUNK, CHUNK), r.h, columns])
@@ -247,8 +249,6 @@ def _update(config, r, w, n, columns, recalled):
     # T V - T (K S): V - K S rounded would lose of K S what is below V's last place, always to the same side
     forgotten, solve_t = recalled.astype(config.dtype), r.solve_s.at[made].T
     update = matmul([v_s.T, forgotten], [solve_t, solve_t], SQUARE, staged=part_of(r.state_stage, w))
-    if not config.save:
-        plgpu.barrier_arrive(values.free(r, n))
     if config.save:  # in the place of V, which all threads have read
         plgpu.commit_smem()
         v_s.T[...] = update.astype(config.dtype)

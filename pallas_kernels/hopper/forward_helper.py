@@ -12,12 +12,13 @@ from pallas_kernels.hopper.inverse import BLOCK, fresh, write_inverse
 from pallas_kernels.hopper.masks import decay_mask
 from pallas_kernels.hopper.mosaic import (
     CHUNK,
+    F32,
     SQUARE,
     TILE,
     iota,
-    matmul,
     part_of,
     place,
+    product,
     set_registers,
     write_numbers,
 )
@@ -80,11 +81,10 @@ def _begin(config, r):
 
 
 def _recycle(config, r, n):
-    """The places of chunk n to later chunks."""
+    """The places of chunk n, all of which are free at a time, to later chunks."""
     loads = _loads(config, r)
     _, count = _chunks(config, r)
-    for ring, _ in loads:
-        plgpu.barrier_wait(ring.free(r, n))
+    plgpu.barrier_wait(config.keys.free(r, n))
     plgpu.commit_smem()  # what read the place is done before the copy, which is another proxy, writes it
     for ring, load in loads:
         pl.when(n + ring.slots < count)(lambda ring=ring, load=load: load(n + ring.slots))
@@ -126,14 +126,15 @@ def helper(config, r, i):
 
         def midway():
             if not config.fed:
-                n = anew()
+                n = anew()  # products have as many places as there are helpers, or more: they have one free then
                 pl.when(n >= config.helpers)(lambda: _recycle(config, r, n - config.helpers))
-                pl.when(n >= products.slots)(lambda: plgpu.barrier_wait(products.free(r, n - products.slots)))
 
         slot = keys.place(n)
-        write_inverse(config, r, slot, partial(_put, config, r, anew), decay_mask(config, r, slot), midway)
+        finish = write_inverse(config, r, slot, partial(_put, config, r, anew), decay_mask(config, r, slot), midway)
         if r.scores_s is not None:
-            _write_scores(config, r, anew())
+            _write_scores(config, r, anew(), finish)
+        else:
+            finish()
         if config.save:  # one of the blocks of a head does
             pl.when(r.c == 0)(lambda: _save(config, r, anew()))
         plgpu.commit_smem()
@@ -145,22 +146,30 @@ def helper(config, r, i):
     lax.fori_loop(0, turns, step, None)
     if config.shared:
         return
+    if not config.fed:
+        pl.when(turns > 0)(lambda: _recycle(config, r, fresh(r) + (turns - 1) * config.helpers + i))
+        plgpu.wait_smem_to_gmem(0)
+        return
     for before in range(products.slots // config.helpers)[::-1]:
 
         @pl.when(turns > before)
         def _(before=before):
-            n = fresh(r) + (turns - 1 - before) * config.helpers + i
-            if before == 0 and not config.fed:
-                _recycle(config, r, n)
-            plgpu.barrier_wait(products.free(r, n))
+            plgpu.barrier_wait(products.free(r, fresh(r) + (turns - 1 - before) * config.helpers + i))
 
     plgpu.wait_smem_to_gmem(0)
 
 
-def _write_scores(config, r, n):
+def _write_scores(config, r, n, meanwhile):
+    """meanwhile() runs beside the product."""
     slot = config.keys.place(n)
     plgpu.barrier_wait(config.queries.full(r, n))
-    scores = matmul(r.q_s.at[config.queries.place(n)], r.k_s.at[slot].T, SQUARE)
+
+    def multiply(acc):
+        product(acc, r.q_s.at[config.queries.place(n)], r.k_s.at[slot].T)
+        meanwhile()
+        return plgpu.wgmma_accumulator_load(acc, wait_n=0)
+
+    scores = lax.optimization_barrier(pl.run_scoped(multiply, plgpu.ACC(SQUARE, F32)))
     if config.scale != 1:
         scores = scores * config.scale
     decay = decay_mask(config, r, slot)

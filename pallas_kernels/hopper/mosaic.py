@@ -156,10 +156,13 @@ class Ring(NamedTuple):
     def of(cls, name, slots, helpers):
         return cls(name, slots, -(-slots // helpers) * helpers)
 
-    def barriers(self, arrivals, writers, clustered=False):
-        """clustered: a place is free once it is in all blocks of the cluster. One thread then arrives for a warpgroup,
+    def barriers(self, arrivals, writers=None, clustered=False):
+        """writers: warpgroups that give a place back, None if another ring tells when it is free.
+        clustered: a place is free once it is in all blocks of the cluster. One thread then arrives for a warpgroup,
         all of which must have been waited for."""
         full = plgpu.Barrier(num_arrivals=arrivals, num_barriers=self.turns)
+        if writers is None:
+            return {f"{self.name}_full": full}
         free = dict(num_arrivals=writers, num_barriers=self.turns)
         free = plgpu.ClusterBarrier(collective_axes=("c",), **free) if clustered else plgpu.Barrier(**free)
         return {f"{self.name}_full": full, f"{self.name}_free": free}

@@ -59,7 +59,7 @@ def results(length=200, **options):
 LATE = {
     "places": (
         "forward_helper",
-        r"( +for ring, _ in loads:\n.*\n.*commit_smem.*\n)( +for ring, load in loads:\n.*\n)",
+        r"( +plgpu\.barrier_wait\(config\.keys\.free\(r, n\)\)\n.*commit_smem.*\n)( +for ring, load in loads:\n.*\n)",
         r"\2\1",
     ),
     "helpers": ("forward_helper", r"part_of\(getattr\(r, name\), i\)", "part_of(getattr(r, name), 0)"),
@@ -90,13 +90,13 @@ PLACES = (
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["scan", "reverse"])
-def test_late_wait_in_pieces(races, plant, monkeypatch, name):
+@pytest.mark.parametrize(("name", "length"), [("scan", 1000), ("summaries", 1500), ("reverse", 1000)])
+def test_late_wait_in_pieces(races, plant, monkeypatch, name, length):
     """Places are loaded over before they are free."""
     monkeypatch.setattr(pieces, "SHORTEST", 1)
     monkeypatch.setattr(pieces, "PROCESSORS", 8)
     plant(name, *PLACES)
-    assert found(races, length=1000)
+    assert found(races, length=length)
 
 
 # The loader sends for what it has no place for yet; a helper writes over an inverse that may still be read.
