@@ -62,11 +62,10 @@ def _zeros(config):
 
 def no_inverse(config, r, slot, put, decay, midway):
     midway()
-    return lambda: put("solve_s", _zeros(config))
+    put("solve_s", _zeros(config))
 
 
-def no_scores(config, r, n, meanwhile):
-    meanwhile()
+def no_scores(config, r, n):
     plgpu.barrier_wait(config.queries.full(r, n))
     forward_helper._put(config, r, lambda: n, "scores_s", _zeros(config))
 

@@ -65,7 +65,7 @@ def _crew(writers, key_dim, save, decayed, tied):
         return 2, None, None
     if save or decayed:
         return (1, 176, 152) if save and (decayed or not tied) else (1, None, None)
-    return 2, 160, 96
+    return 2, 168, 88
 
 
 def forward(key, query, value, vectors, documents, initial, *, scale, tied, save, exact=False):

@@ -12,13 +12,12 @@ from pallas_kernels.hopper.inverse import BLOCK, fresh, write_inverse
 from pallas_kernels.hopper.masks import decay_mask
 from pallas_kernels.hopper.mosaic import (
     CHUNK,
-    F32,
     SQUARE,
     TILE,
     iota,
+    matmul,
     part_of,
     place,
-    product,
     set_registers,
     write_numbers,
 )
@@ -130,11 +129,9 @@ def helper(config, r, i):
                 pl.when(n >= config.helpers)(lambda: _recycle(config, r, n - config.helpers))
 
         slot = keys.place(n)
-        finish = write_inverse(config, r, slot, partial(_put, config, r, anew), decay_mask(config, r, slot), midway)
+        write_inverse(config, r, slot, partial(_put, config, r, anew), decay_mask(config, r, slot), midway)
         if r.scores_s is not None:
-            _write_scores(config, r, anew(), finish)
-        else:
-            finish()
+            _write_scores(config, r, anew())
         if config.save:  # one of the blocks of a head does
             pl.when(r.c == 0)(lambda: _save(config, r, anew()))
         plgpu.commit_smem()
@@ -159,17 +156,10 @@ def helper(config, r, i):
     plgpu.wait_smem_to_gmem(0)
 
 
-def _write_scores(config, r, n, meanwhile):
-    """meanwhile() runs beside the product."""
+def _write_scores(config, r, n):
     slot = config.keys.place(n)
     plgpu.barrier_wait(config.queries.full(r, n))
-
-    def multiply(acc):
-        product(acc, r.q_s.at[config.queries.place(n)], r.k_s.at[slot].T)
-        meanwhile()
-        return plgpu.wgmma_accumulator_load(acc, wait_n=0)
-
-    scores = lax.optimization_barrier(pl.run_scoped(multiply, plgpu.ACC(SQUARE, F32)))
+    scores = matmul(r.q_s.at[config.queries.place(n)], r.k_s.at[slot].T, SQUARE)
     if config.scale != 1:
         scores = scores * config.scale
     decay = decay_mask(config, r, slot)

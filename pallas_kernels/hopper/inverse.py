@@ -24,8 +24,7 @@ def fresh(r):
 
 
 def write_inverse(config, r, slot, put, decay, midway):
-    """Makes what the state warpgroups solve with; returns a function that writes it, which may run beside a product.
-    Saved and tied it writes at once, and the inverse of I + diag(c) M too.
+    """Writes what the state warpgroups solve with, and (saved, tied) the inverse of I + diag(c) M.
 
     put(name, value) writes what they read: "solve_s", which is c∘W if folded, and else "erase_s", c.
 
@@ -71,16 +70,14 @@ def write_inverse(config, r, slot, put, decay, midway):
     over = lambda which: per_column(numbers(which), SQUARE)
     before, after = (norm, 1) if config.tied else (inverse_norm, 0)
     before = before * erase if config.folded else before
-    write = lambda: put("solve_s", (x * (per_row(before, SQUARE) * over(after))).astype(config.dtype))
+    put("solve_s", (x * (per_row(before, SQUARE) * over(after))).astype(config.dtype))
     if not (config.tied and config.save):
-        return write
-    write()
+        return
     linked = matmul(_half(x), r.cosines_s, SQUARE, staged=r.helper_stage) * -1.0
     ratio = over(3)
     inverse = jnp.where(ratio > 0, x * ratio, linked) * (per_row(strength * inverse_norm, SQUARE) * over(0))
     row, column = place(r)
     r.inverse_s[...] = lax.optimization_barrier(jnp.where(row == column, 1.0, inverse)).astype(config.dtype)
-    return lambda: None
 
 
 def _integrated(beta, square, inverse_norm):

@@ -136,7 +136,7 @@ def _chunks(config, r, i):
             getattr(r, name).at[r.first][...] = value
 
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # what the chunk before left here has been copied
-        write_inverse(config, r, fresh(r), put, decay_mask(config, r, fresh(r)), midway)()
+        write_inverse(config, r, fresh(r), put, decay_mask(config, r, fresh(r)), midway)
         plgpu.commit_smem()
         _leave(config, r, first + turn * config.count)
         return carry
