@@ -59,7 +59,7 @@ def _crew(writers, key_dim, save, decayed, tied):
     """
     if writers == 1:
         if save or decayed:
-            return (2, 176, 160) if key_dim == 128 and save and decayed else (2, None, None)
+            return (2, 176, 160) if key_dim == 128 and save and (decayed or not tied) else (2, None, None)
         return (3, 176, 112) if key_dim == 128 else (3, None, None)
     if key_dim == 64:
         return 2, None, None

@@ -39,9 +39,9 @@ def write_inverse(config, r, slot, put, decay, midway):
     gram = matmul(k_s, k_s.T, SQUARE)
     row, column = place(r, BLOCK)
     square = jnp.sum(jnp.where((row & 15) == column, _diagonal(gram, row), 0.0), axis=1)
-    # One instruction, where a quotient is ten. Without the barriers the compiler keeps what they are made of.
+    # Two instructions, where a quotient is ten. Without the barriers the compiler keeps what they are made of.
+    norm = lax.optimization_barrier(jnp.where(square > 0, jnp.sqrt(square), 1.0))
     inverse_norm = lax.optimization_barrier(jnp.where(square > 0, lax.rsqrt(square), 1.0))
-    norm = lax.optimization_barrier(jnp.where(square > 0, square * inverse_norm, 1.0))
     gain = plgpu.load(r.gain_s.at[slot], layout=ROWS)
     erase = _integrated(gain, square, inverse_norm) if config.exact else gain
     strength = erase * square
