@@ -18,6 +18,7 @@ from pallas_kernels.hopper.mosaic import (
     matmul,
     part_of,
     place,
+    recycle,
     set_registers,
     write_numbers,
 )
@@ -80,7 +81,7 @@ def _begin(config, r):
 
 
 def _recycle(config, r, n):
-    """The places of chunk n, all of which are free at a time, to later chunks."""
+    """As `recycle`, of places all of which are free at a time."""
     loads = _loads(config, r)
     _, count = _chunks(config, r)
     plgpu.barrier_wait(config.keys.free(r, n))
@@ -96,14 +97,7 @@ def loader(config, r, _):
     loads = _loads(config, r)
     _, count = _chunks(config, r)
 
-    def step(n, carry):
-        for ring, load in loads:
-            plgpu.barrier_wait(ring.free(r, n))
-            plgpu.commit_smem()  # as in _recycle
-            pl.when(n + ring.slots < count)(lambda ring=ring, load=load: load(n + ring.slots))
-        return carry
-
-    lax.fori_loop(0, count, step, None)
+    lax.fori_loop(0, count, lambda n, _: recycle(r, loads, n, count), None)
 
 
 def helper(config, r, i):

@@ -186,6 +186,17 @@ class Ring(NamedTuple):
             pl.when(count >= back)(lambda back=back: plgpu.barrier_wait(self.free(r, count - back)))
 
 
+def recycle(r, loads, n, count):
+    """Waits until the places of chunk n are free, and sends for the chunks that have them next, if there are `count`.
+
+    loads: (ring, function of n that sends for what of chunk n goes through it), the first to get free first.
+    """
+    for ring, load in loads:
+        plgpu.barrier_wait(ring.free(r, n))
+        plgpu.commit_smem()  # what read the place is done before the copy, which is another proxy, writes it
+        pl.when(n + ring.slots < count)(lambda ring=ring, load=load: load(n + ring.slots))
+
+
 def given_registers(warpgroups):
     """What a launch of so many warpgroups gives each thread."""
     return 65536 // (128 * warpgroups) // 8 * 8

@@ -27,6 +27,7 @@ from pallas_kernels.hopper.mosaic import (
     matmul,
     part_of,
     per_column,
+    recycle,
     smem,
     stage,
     write_numbers,
@@ -162,6 +163,7 @@ def _helper(config, r, _):
                 source = sources[name] if name in sources else getattr(r, name[:-1] + "v").at[r.b, r.h, rows]
             plgpu.copy_gmem_to_smem(source, getattr(r, name).at[slot], full)
 
+    loads = ((tokens, load),)
     write_numbers(r)
     plgpu.commit_smem()
     for i in range(min(tokens.slots, config.share)):
@@ -175,14 +177,9 @@ def _helper(config, r, _):
         r.scores_s.at[scores.place(i)][...] = made
         plgpu.commit_smem()
         plgpu.barrier_arrive(scores.full(r, i))
-        pl.when(i > 0)(lambda: recycle(i - 1))
+        pl.when(i > 0)(lambda: recycle(r, loads, i - 1, count))
         return carry
 
-    def recycle(i):
-        plgpu.barrier_wait(tokens.free(r, i))
-        plgpu.commit_smem()  # what read the place is done before the copy, which is another proxy, writes it
-        pl.when(i + tokens.slots < count)(lambda: load(i + tokens.slots))
-
     lax.fori_loop(0, count, step, None)
-    recycle(count - 1)
+    recycle(r, loads, count - 1, count)
     scores.wait_last(r, count)

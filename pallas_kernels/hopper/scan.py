@@ -28,6 +28,7 @@ from pallas_kernels.hopper.mosaic import (
     launch,
     matmul,
     per_column,
+    recycle,
     smem,
     stage,
     write_numbers,
@@ -144,13 +145,6 @@ def _helper(config, r, _):
     _, first, count = piece_of(config, r)
     loads = _loads(config, r, first)
 
-    def recycle(i):
-        """The places of chunk i to later chunks."""
-        for ring, load in loads:
-            plgpu.barrier_wait(ring.free(r, i))
-            plgpu.commit_smem()  # what read the place is done before the copy, which is another proxy, writes it
-            pl.when(i + ring.slots < count)(lambda ring=ring, load=load: load(i + ring.slots))
-
     for i in range(min(config.keys.slots, config.share)):
         for ring, load in loads:
             if i < ring.slots:
@@ -160,11 +154,11 @@ def _helper(config, r, _):
 
     def step(i, carry):
         _write_scores(config, r, i)
-        pl.when(i > 0)(lambda: recycle(i - 1))
+        pl.when(i > 0)(lambda: recycle(r, loads, i - 1, count))
         return carry
 
     lax.fori_loop(0, count, step, None)
-    recycle(count - 1)
+    recycle(r, loads, count - 1, count)
     config.scores.wait_last(r, count)
 
 

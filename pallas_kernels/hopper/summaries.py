@@ -28,6 +28,7 @@ from pallas_kernels.hopper.mosaic import (
     check_registers,
     launch,
     lookup,
+    recycle,
     set_registers,
     smem,
     stage,
@@ -169,15 +170,7 @@ def _helper(config, r, _):
         for _, load in loads:
             pl.when(count > i)(lambda i=i, load=load: load(0 * count + i))
 
-    def recycle(i, carry):
-        """The places of chunk i to later chunks."""
-        for ring, load in loads:
-            plgpu.barrier_wait(ring.free(r, i))
-            plgpu.commit_smem()  # what read the place is done before the copy, which is another proxy, writes it
-            pl.when(i + ring.slots < count)(lambda ring=ring, load=load: load(i + ring.slots))
-        return carry
-
-    lax.fori_loop(0, count, recycle, None)
+    lax.fori_loop(0, count, lambda i, _: recycle(r, loads, i, count), None)
 
 
 def _empty_values(config, r):

@@ -10,6 +10,7 @@ from jax._src import callback, effects  # private: nothing public lets jax.check
 from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks  # private: the races that were found
 
 from tests.optimization import unoptimized
+from tests.pallas_kernels.races import keep_states
 
 effects.remat_allowed_effects.add_type(type(callback._OrderedIOEffect))
 
@@ -18,17 +19,9 @@ effects.remat_allowed_effects.add_type(type(callback._OrderedIOEffect))
 def interpreting(monkeypatch, detect_races: bool) -> Iterator[list]:
     """An interpret context; the list gets the race detection state of each kernel that runs in it.
 
-    JAX itself keeps only the last kernel's. What interprets a kernel is compiled without optimization, which takes
-    half the time.
+    What interprets a kernel is compiled without optimization, which takes half the time.
     """
-    states = []
-    original = gpu_callbacks.GPURaceDetectionState
-
-    def watched(**options):
-        states.append(original(**options))
-        return states[-1]
-
-    monkeypatch.setattr(gpu_callbacks, "GPURaceDetectionState", watched)
+    states = keep_states(monkeypatch, gpu_callbacks, "GPURaceDetectionState")
     options: dict[str, Any] = dict(detect_races=detect_races)
     if "on_race" in [field.name for field in dataclasses.fields(plgpu.InterpretGPUParams)]:
         options["on_race"] = "warn"  # JAX 0.12 else raises
