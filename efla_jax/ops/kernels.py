@@ -1,13 +1,13 @@
 """Hardware kernels as implementations of the op: custom_vjp, vmap by folding into the batch, refusal of other devices.
 
 A kernel package offers, on the arrays of the op,
-    forward(query, key, value, erase, write, log_decay, initial_state, documents, *, scale, save)
+    forward(query, key, value, erase, write, log_decay, initial_state, begins, *, scale, save)
         -> (output, state, residuals)
-    backward(query, key, value, erase, write, log_decay, initial_state, documents, residuals, d_output, d_state, *,
+    backward(query, key, value, erase, write, log_decay, initial_state, begins, residuals, d_output, d_state, *,
              scale) -> gradients of the first seven, None where the input is None
 and either of them also chunk_size and precision if `implementation` is told so;
-where write None means erase and initial_state None zeros. documents [B, T] int32 counts the documents that began in
-the row up to the token, not counting token 0.
+where write None means erase and initial_state None zeros. begins [B, T] bool says of what tokens a document begins
+with, of token 0 never; None never.
 
 Names for policies of `jax.checkpoint`: "efla_output" (output and state) and "efla_residuals". With both saved a
 backward pass does not run the forward kernel again; without, it does, and nothing but the inputs is kept.
@@ -77,19 +77,19 @@ def implementation(
     call = _caller(platform, here, reason)
 
     @partial(jax.custom_vjp, nondiff_argnums=(0,))
-    def attend(options, inputs, documents):
-        return call(partial(forward, save=False, **dict(options)), *inputs, documents)[:2]
+    def attend(options, inputs, begins):
+        return call(partial(forward, save=False, **dict(options)), *inputs, begins)[:2]
 
-    def attend_forward(options, inputs, documents):
-        *out, residuals = call(partial(forward, save=True, **dict(options)), *inputs, documents)
+    def attend_forward(options, inputs, begins):
+        *out, residuals = call(partial(forward, save=True, **dict(options)), *inputs, begins)
         # Named here: a policy of jax.checkpoint sees no name inside `call`, which is one custom_vmap to it.
         out = tuple(checkpoint_name(x, "efla_output") for x in out)
         residuals = tuple(checkpoint_name(x, "efla_residuals") for x in residuals)
-        return out, (inputs, documents, residuals)
+        return out, (inputs, begins, residuals)
 
     def attend_backward(options, saved, cotangents):
-        inputs, documents, residuals = saved
-        gradients = call(partial(backward, **dict(options)), *inputs, documents, residuals, *cotangents)
+        inputs, begins, residuals = saved
+        gradients = call(partial(backward, **dict(options)), *inputs, begins, residuals, *cotangents)
         typed = lambda gradient, x: None if x is None else gradient.astype(x.dtype)
         return tuple(map(typed, gradients, inputs)), None
 
@@ -114,10 +114,8 @@ def implementation(
             options |= dict(chunk_size=chunk_size, precision=precision)
         numbers = _accumulated(query, key, value, erase, write, log_decay, initial_state)
         inputs = (query, key, value, *numbers)
-        documents = None
-        if segment_ids is not None:
-            documents = jnp.cumsum(segment_starts(segment_ids), axis=1, dtype=jnp.int32)
-        return attend((*dict(scale=scale, **options).items(),), inputs, documents)
+        begins = None if segment_ids is None else segment_starts(segment_ids)
+        return attend((*dict(scale=scale, **options).items(),), inputs, begins)
 
     return run
 

@@ -9,7 +9,9 @@ bfloat16: with the state as another such sum, of four products the one of both r
 out. A map of zeros then leaves nothing of what was before.
 """
 
+from functools import reduce
 from types import SimpleNamespace
+from typing import Any
 
 import jax
 import jax.experimental.pallas as pl
@@ -17,6 +19,7 @@ import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax import lax
 
+from pallas_kernels.hopper.masks import only_if
 from pallas_kernels.hopper.mosaic import CHUNK, F32, TILE, Ring, launch, lookup, matmul, smem, stage
 
 ROUNDED = jnp.bfloat16
@@ -28,7 +31,7 @@ def split(x):
     return high, (x - high.astype(F32)).astype(ROUNDED)
 
 
-def chain(first, maps, ends, wanted):
+def chain(first, maps, ends, wanted, leads=None):
     """States before the parts of a row, and behind the last one.
 
     Args:
@@ -37,11 +40,13 @@ def chain(first, maps, ends, wanted):
             of two, one below the other. That of the first is not looked at: its end has been made of `first`.
         ends: [B, H, P, V, K] float32, Eᵀ.
         wanted: which of the P + 1 states, in order.
+        leads: [B, P + 1] int32, as `summaries` takes them. States behind parts that were not looked at may be anything,
+            as may be what was left of those.
 
     Returns:
         [B, H, len(wanted), V, K] float32.
     """
-    return _run(first, maps, ends, tuple(wanted), backward=False)
+    return _run(first, maps, ends, tuple(wanted), leads, backward=False)
 
 
 def chain_back(last, maps, ends):
@@ -55,14 +60,16 @@ def chain_back(last, maps, ends):
     Returns:
         [B, H, P, V, K] float32.
     """
-    return _run(last, maps, ends, tuple(range(ends.shape[2])), backward=True)
+    return _run(last, maps, ends, tuple(range(ends.shape[2])), None, backward=True)
 
 
-def _run(first, maps, ends, wanted, *, backward):
+def _run(first, maps, ends, wanted, leads, *, backward):
     batch, heads, _, value_dim, key_dim = ends.shape
     inputs = dict(maps=maps, ends=ends)
     if first is not None:
         inputs["first_state"] = first
+    if leads is not None:
+        inputs["leads"] = leads
     ring = Ring.of("steps", 2, 1)
     scratch = dict(
         maps_s=smem((ring.slots, *maps.shape[3:]), maps.dtype),
@@ -71,8 +78,9 @@ def _run(first, maps, ends, wanted, *, backward):
         state_stage=stage(maps.dtype),
     )
     config = SimpleNamespace(
-        states=ends.shape[2] + (not backward), key_dim=key_dim, given=first is not None, backward=backward, ring=ring,
-        wanted=wanted, terms=maps.shape[3] // key_dim, dtype=maps.dtype,
+        states=ends.shape[2] + (not backward), key_dim=key_dim, given=first is not None,
+        skipping=leads is not None, backward=backward, ring=ring, wanted=wanted, terms=maps.shape[3] // key_dim,
+        dtype=maps.dtype,
     )  # fmt: skip
     outputs = dict(starts=jax.ShapeDtypeStruct((batch, heads, len(wanted), value_dim, key_dim), F32))
     grid = batch, heads, value_dim // 64
@@ -99,17 +107,23 @@ def _chain(config, r, _):
         def _():
             r.starts.at[r.b, r.h, place, columns][...] = state
 
-    steps = last - 1
-    for i in range(min(ring.slots, steps)):
-        load(i + r.first)
+    zeros = lambda: plgpu.layout_cast(jnp.zeros((64, config.key_dim), F32), TILE)
+    steps: Any = last - 1
+    if config.skipping:  # up to the last state that is wanted
+        reached = [jnp.where(r.leads[r.b, n] < 0, n - 1, 0) for n in range(2, config.states)]
+        steps = reduce(jnp.maximum, reached, r.first)
+    for i in range(min(ring.slots, last - 1)):
+        pl.when(steps > i)(lambda i=i: load(i + r.first))
     if config.given:
         store(r.first, plgpu.load(r.first_state.at[r.b, r.h, columns], layout=TILE, optimized=False))
     else:
-        store(r.first, plgpu.layout_cast(jnp.zeros((64, config.key_dim), F32), TILE))
+        store(r.first, zeros())
     state = plgpu.load(r.ends.at[r.b, r.h, piece(r.first), columns], layout=TILE, optimized=False)
 
     def step(i, state):
         store(i + 1, state)
+        if config.skipping:  # nothing gets through the part ahead then, of what may not even be a number
+            state = only_if(r.leads[r.b, i + 1] >= 0, lambda _: zeros(), state)
         plgpu.barrier_wait(ring.full(r, i))
         slot = ring.place(i)
         maps = [r.maps_s.at[slot, pl.ds(part * config.key_dim, config.key_dim)] for part in range(config.terms)]
@@ -125,4 +139,4 @@ def _chain(config, r, _):
         pl.when(i + ring.slots < steps)(lambda: load(i + ring.slots))
         return state
 
-    store(last + r.first, lax.fori_loop(0, steps, step, state))
+    store(steps + 1 + r.first, lax.fori_loop(0, steps, step, state))

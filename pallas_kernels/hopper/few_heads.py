@@ -40,7 +40,7 @@ from pallas_kernels.hopper.mosaic import (
     smem,
     stage,
 )
-from pallas_kernels.hopper.scan_state import piece_of, state_warpgroup
+from pallas_kernels.hopper.scan_state import in_piece, piece_of, state_warpgroup
 
 HELPERS = 2
 # Of a thread. A launch gives five warpgroups 96 each.
@@ -104,25 +104,14 @@ def forward(key, query, value, vectors, starts, *, scale, exact=False, share):
         value_groups=2, writers=1, helpers=HELPERS, warpgroups=HELPERS + 3, streams=streams,
         helper_registers=REGISTERS["helper"], dtype=dtype, scale=scale, exact=exact, tied=True, folded=True, save=False,
         read=True, fed=True, shared=shared, given=starts is not None, decayed=False, summed=False, masked=False,
-        skipping=False, keys=keys, queries=queries, values=values, products=products, solves=products, states=states,
-        updates=updates, own=tuple(own),
+        mixing=False, skipping=False, keys=keys, queries=queries, values=values, products=products, solves=products,
+        states=states, updates=updates, own=tuple(own),
     )  # fmt: skip
     counts = dict(state=1, output=1, helper=HELPERS, loader=1)
     check_registers(*((count, REGISTERS[name]) for name, count in counts.items()))
-    roles = (1, _in_piece(loader)), (1, _in_piece(_state)), (1, _in_piece(_output)), (HELPERS, _in_piece(helper))
+    roles = (1, in_piece(loader)), (1, in_piece(_state)), (1, in_piece(_output)), (HELPERS, in_piece(helper))
     grid = batch, heads * config.pieces, 2
     return launch("efla_few_heads", config, inputs, outputs, scratch | own, grid, *roles, clustered=shared)
-
-
-def _in_piece(role):
-    """role, with a head in r.h, and in r.c what `scan_state.piece_of` takes: the columns of each piece in turn."""
-
-    def run(config, r, w):
-        pieces = jnp.int32(config.pieces)
-        at = dict(h=lax.div(r.h, pieces), c=lax.rem(r.h, pieces) * config.blocks + r.rank)
-        role(config, SimpleNamespace(**r.__dict__ | at), w)
-
-    return run
 
 
 def _state(config, r, w):

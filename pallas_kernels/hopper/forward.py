@@ -12,6 +12,12 @@ a = decay from the chunk's start, e = decay to its end, d = decay of the whole c
 Where heads are few, the state warpgroups of a head are in blocks of their own; what such blocks can share is used by
 `pallas_kernels.hopper.few_heads`, which serves the plainest of these calls.
 
+Of documents without decay, the helpers mask what chunks hold in which one begins, so that the state warpgroups have as
+little to do as without: they read another inverse there, of whose columns only those of the document before are left,
+and queries of that document only; they empty the state, and forget the updates of all documents but the last one. Rows
+of documents can be walked in pieces side by side, each from where the document begins that it cuts, or from a given
+state.
+
 Where erase and write are the same number c per token ("tied": every rule but the exact one with decay) the kernel
 solves for the prediction error E = V - a∘K S - M U, which is what the backward pass wants, and U = c∘E:
 
@@ -30,8 +36,9 @@ import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax import lax
 
-from pallas_kernels.hopper.forward_helper import helper
+from pallas_kernels.hopper.forward_helper import chunks_of, helper
 from pallas_kernels.hopper.inverse import BLOCK
+from pallas_kernels.hopper.masks import crossed, only_if
 from pallas_kernels.hopper.mosaic import (
     CHUNK,
     COLS,
@@ -42,6 +49,7 @@ from pallas_kernels.hopper.mosaic import (
     TILE,
     Ring,
     check_registers,
+    copy_out,
     launch,
     matmul,
     part_of,
@@ -50,6 +58,7 @@ from pallas_kernels.hopper.mosaic import (
     smem,
     stage,
 )
+from pallas_kernels.hopper.scan_state import in_piece
 
 
 def _crew(writers, key_dim, save, decayed, tied):
@@ -68,18 +77,22 @@ def _crew(writers, key_dim, save, decayed, tied):
     return 2, 168, 88
 
 
-def forward(key, query, value, vectors, documents, initial, *, scale, tied, save, exact=False):
+def forward(key, query, value, vectors, documents, starts, *, scale, tied, save, exact=False, share=None, leads=None):
     """Output, final state and what the backward pass needs, for chunked vectors.
 
     Args:
         query, key: [B, T, Hk, K], K 64 or 128, bfloat16 or float16.
         value: [B, T, H, V], V 64 or 128; multiplied by write if untied.
-        vectors: name -> [B, H, N·64] float32, 0 behind T. gain, which is erase or, if exact, beta; with decay or
-            documents also left (a) and right (e); with decay also sums, the log2 of the decay from the chunk's or
-            document's start.
-        documents: [B, N·64] int32 or None.
-        initial: [B, H, V, K] float32 or None for zeros.
+        vectors: name -> [B, H, N·64] float32, 0 behind T. gain, which is erase or, if exact, beta; with decay also
+            left (a) and right (e), and sums, the log2 of the decay from the chunk's or document's start.
+        documents: [B, N·64] int32 or None; without decay counted anew from chunk to chunk, 0 is what the chunk before
+            ended with.
+        starts: [B, H, P, V, K] float32, the state before each piece, or None for zeros.
         exact: erase is (1 - e^{-βλ})/λ, made here from λ = ‖k‖², which the diagonal of K Kᵀ holds anyway.
+        share: chunks of a piece, of which the last may have fewer; None for all, as it must be but for documents
+            without decay of which nothing is saved.
+        leads: [B, P] int32, for those documents: as many chunks before the piece begins the document that it is walked
+            from, with zeros before; where negative, it is walked from starts.
 
     Returns:
         output [B, T, H, V], state [B, H, V, K] float32; with save also the states at chunk starts [B, H, N, V, K], the
@@ -89,16 +102,15 @@ def forward(key, query, value, vectors, documents, initial, *, scale, tied, save
     batch, length, key_heads, key_dim = key.shape
     heads, value_dim = value.shape[2:]
     chunks = pl.cdiv(length, CHUNK)
-    splits = value_dim // 64 if batch * heads * (value_dim // 64) <= PROCESSORS else 1
+    share = chunks if share is None else share
+    pieces = pl.cdiv(chunks, share)
+    splits = value_dim // 64 if batch * heads * pieces * (value_dim // 64) <= PROCESSORS else 1
     writers = value_dim // 64 // splits
     helpers, state_registers, helper_registers = _crew(writers, key_dim, save, "left" in vectors, tied)
     dtype = value.dtype
     masked = documents is not None
     inputs = dict(query=query, key=key, value=value, **{f"{name}_v": x for name, x in vectors.items()})
-    if masked:
-        inputs["documents"] = documents
-    if initial is not None:
-        inputs["initial"] = initial
+    inputs |= {name: x for name, x in dict(documents=documents, starts=starts, leads=leads).items() if x is not None}
     outputs = dict(
         output=jax.ShapeDtypeStruct(value.shape, dtype),
         final=jax.ShapeDtypeStruct((batch, heads, value_dim, key_dim), F32),
@@ -114,6 +126,7 @@ def forward(key, query, value, vectors, documents, initial, *, scale, tied, save
         outputs |= dict(erase=per_token, square=per_token)
     decayed = "left" in vectors
     summed = "sums" in vectors
+    mixing = masked and not decayed
     keys = Ring.of("keys", helpers + 2, helpers)  # one in the state warpgroups, one in each helper, one on its way
     queries, values = Ring.of("queries", 2, helpers), Ring.of("values", 2, helpers)
     products = Ring.of("products", max(helpers, 2), helpers)
@@ -123,7 +136,8 @@ def forward(key, query, value, vectors, documents, initial, *, scale, tied, save
         k_s=smem((keys.slots, CHUNK, key_dim), dtype),
         q_s=smem((queries.slots, CHUNK, key_dim), dtype),
         v_s=smem((values.slots, writers, *SQUARE), dtype),
-        solve_s=smem((products.slots, *SQUARE), dtype),
+        solve_s=smem((products.slots * (1 + mixing), *SQUARE), dtype),
+        last_s=plgpu.SMEM((products.slots, CHUNK), dtype) if mixing else None,  # 1 for tokens of the last document
         scores_s=smem((products.slots, *SQUARE), dtype),
         erase_s=plgpu.SMEM((products.slots, CHUNK), F32),
         stage_s=smem((writers, key_dim // 64 if save or decayed else 1, *SQUARE), dtype),  # the state, then the output
@@ -157,27 +171,28 @@ def forward(key, query, value, vectors, documents, initial, *, scale, tied, save
     config = SimpleNamespace(
         chunks=chunks, group=heads // key_heads, key_dim=key_dim, writers=writers, helpers=helpers, dtype=dtype,
         scale=scale, tied=tied, save=save, staged=save or decayed, masked=masked, decayed=decayed, summed=summed,
-        initial=initial is not None,
-        exact=exact, keys=keys, queries=queries, values=values, products=products, own=tuple(own),
+        mixing=mixing, given=starts is not None, share=share, pieces=pieces, blocks=splits, exact=exact, keys=keys,
+        queries=queries, values=values, products=products, own=tuple(own),
         state_registers=state_registers, helper_registers=helper_registers, folded=False, warpgroups=writers + helpers,
         streams=helpers, fed=False, shared=False,
     )  # fmt: skip
     check_registers((writers, state_registers), (helpers, helper_registers))
-    roles = (writers, _state), (helpers, helper)
-    return launch("efla_forward", config, inputs, outputs, scratch | own, (batch, heads, splits), *roles)
+    roles = (writers, in_piece(_state)), (helpers, in_piece(helper))
+    return launch("efla_forward", config, inputs, outputs, scratch | own, (batch, heads * pieces, splits), *roles)
 
 
 def _state(config, r, w):
     """One state warpgroup: columns 64w … 64w+63 of the block's part of the state."""
     set_registers(config.state_registers, config.warpgroups)
-    columns = pl.ds((r.c * config.writers + w) * 64, 64)
+    columns = pl.ds((r.rank * config.writers + w) * 64, 64)
     staged = part_of(r.state_stage, w)
-    shape = 64, config.key_dim
+    shape, mixing = (64, config.key_dim), config.mixing
     keys, queries, products = config.keys, config.queries, config.products
-    if config.initial:
-        state = plgpu.load(r.initial.at[r.b, r.h, columns], layout=TILE, optimized=False)
-    else:
-        state = plgpu.layout_cast(jnp.zeros(shape, F32), TILE)
+    first, count = chunks_of(config, r)
+    state = plgpu.layout_cast(jnp.zeros(shape, F32), TILE)
+    if config.given:
+        load = lambda _: plgpu.load(r.starts.at[r.b, r.h, r.piece, columns], layout=TILE, optimized=False)
+        state = only_if(r.lead < 0, load, state) if mixing else load(state)
     r.scale_s.at[w][...] = plgpu.layout_cast(jnp.full((CHUNK,), config.scale, F32), ROWS)
     plgpu.commit_smem()
 
@@ -194,7 +209,11 @@ def _state(config, r, w):
         def advanced(state):
             if config.decayed:
                 state = state * r.left_s[slot, CHUNK - 1]
-            return matmul(left_over, k_s, shape, init=state, staged=staged)
+            late = left_over
+            if mixing:
+                state = state * jnp.where(crossed(r, slot), 0.0, 1.0)
+                late = late * per_column(plgpu.load(r.last_s.at[products.place(n)], layout=COLS), SQUARE)
+            return matmul(late, k_s, shape, init=state, staged=staged)
 
         if config.staged:  # the state before is still in the stage
             state = lax.optimization_barrier(advanced(state))
@@ -205,9 +224,7 @@ def _state(config, r, w):
         out = matmul(update_low, scores_s.T, SQUARE, init=out, staged=staged)
         if not config.staged:
             state = advanced(state)
-        free = lambda: plgpu.barrier_arrive(
-            keys.free(r, n)
-        )  # of the chunk are all its places, those of other rings too
+        free = lambda: plgpu.barrier_arrive(keys.free(r, n))  # of all places of the chunk, other rings' too
         if not config.save:
             free()
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)
@@ -215,11 +232,16 @@ def _state(config, r, w):
             free()
         r.stage_s.at[w, 0].T[...] = out.astype(config.dtype)
         plgpu.commit_smem()
-        plgpu.copy_smem_to_gmem(r.stage_s.at[w, 0], r.output.at[r.b, pl.ds(n * CHUNK, CHUNK), r.h, columns])
+        target = r.output.at[r.b, pl.ds((first + n) * CHUNK, CHUNK), r.h, columns]
+        copy_out(r.stage_s.at[w, 0], target, n >= r.lead if mixing else None)
         return state
 
-    state = lax.fori_loop(0, config.chunks, step, state)
-    r.final.at[r.b, r.h, columns][...] = state
+    state = lax.fori_loop(0, count, step, state)
+
+    @pl.when(r.piece == config.pieces - 1)
+    def _():
+        r.final.at[r.b, r.h, columns][...] = state
+
     plgpu.wait_smem_to_gmem(0)
 
 
@@ -248,7 +270,10 @@ def _update(config, r, w, n, columns, recalled):
     recalled = recalled * (-1.0 if config.tied else erase(-1.0))
     # T V - T (K S): V - K S rounded would lose of K S what is below V's last place, always to the same side
     forgotten, solve_t = recalled.astype(config.dtype), r.solve_s.at[made].T
-    update = matmul([v_s.T, forgotten], [solve_t, solve_t], SQUARE, staged=part_of(r.state_stage, w))
+    seen_t = solve_t
+    if config.mixing:  # see `_part_documents` of the helpers
+        seen_t = r.solve_s.at[made + jnp.where(crossed(r, slot), products.slots, 0)].T
+    update = matmul([v_s.T, forgotten], [solve_t, seen_t], SQUARE, staged=part_of(r.state_stage, w))
     if config.save:  # in the place of V, which all threads have read
         plgpu.commit_smem()
         v_s.T[...] = update.astype(config.dtype)

@@ -9,9 +9,10 @@ import jax.numpy as jnp
 from jax import lax
 
 from pallas_kernels.hopper.inverse import BLOCK, fresh, write_inverse
-from pallas_kernels.hopper.masks import decay_mask
+from pallas_kernels.hopper.masks import crossed, unseen_removed, weighed
 from pallas_kernels.hopper.mosaic import (
     CHUNK,
+    ROWS,
     SQUARE,
     TILE,
     iota,
@@ -27,11 +28,14 @@ from pallas_kernels.hopper.scan_state import piece_of
 LOADER_REGISTERS = 24
 
 
-def _chunks(config, r):
-    """The first of the chunks that the block walks, and how many; all of the row, or (few heads) those of its piece."""
-    if not config.fed:
+def chunks_of(config, r):
+    """The first of the chunks that the block walks, and how many: all of the row, or those of its piece and before."""
+    if not (config.mixing or config.fed):
         return 0, config.chunks
     _, first, count = piece_of(config, r)
+    if config.mixing:
+        lead = jnp.maximum(r.lead, 0)
+        return first - lead, count + lead
     return first, count if config.chunks % config.share else config.share
 
 
@@ -39,7 +43,7 @@ def _loads(config, r):
     """(ring, function of n that sends for what of chunk n goes through it), in the order in which places get free."""
     head = lax.div(r.h, config.group)
     keys, queries, values = config.keys, config.queries, config.values
-    first, _ = _chunks(config, r)
+    first, _ = chunks_of(config, r)
     rows_of = lambda n: pl.ds((first + n) * CHUNK, CHUNK)
 
     def load_keys(n):
@@ -73,7 +77,7 @@ def _begin(config, r):
         r.causal_s[...] = jnp.where(iota(0) >= iota(1), 1.0, 0.0).astype(config.dtype)
     plgpu.commit_smem()
     loads = _loads(config, r)
-    _, count = _chunks(config, r)
+    _, count = chunks_of(config, r)
     for n in range(min(config.keys.slots, config.chunks)):
         for ring, load in loads[::-1]:
             if n < ring.slots:
@@ -83,7 +87,7 @@ def _begin(config, r):
 def _recycle(config, r, n):
     """As `recycle`, of places all of which are free at a time."""
     loads = _loads(config, r)
-    _, count = _chunks(config, r)
+    _, count = chunks_of(config, r)
     plgpu.barrier_wait(config.keys.free(r, n))
     plgpu.commit_smem()  # what read the place is done before the copy, which is another proxy, writes it
     for ring, load in loads:
@@ -95,7 +99,7 @@ def loader(config, r, _):
     _begin(config, r)
     set_registers(LOADER_REGISTERS, config.warpgroups)
     loads = _loads(config, r)
-    _, count = _chunks(config, r)
+    _, count = chunks_of(config, r)
 
     lax.fori_loop(0, count, lambda n, _: recycle(r, loads, n, count), None)
 
@@ -123,16 +127,18 @@ def helper(config, r, i):
                 pl.when(n >= config.helpers)(lambda: _recycle(config, r, n - config.helpers))
 
         slot = keys.place(n)
-        write_inverse(config, r, slot, partial(_put, config, r, anew), decay_mask(config, r, slot), midway)
+        write_inverse(config, r, slot, partial(_put, config, r, anew), midway)
         if r.scores_s is not None:
             _write_scores(config, r, anew())
+        if config.mixing:
+            _part_documents(config, r, anew())
         if config.save:  # one of the blocks of a head does
             pl.when(r.c == 0)(lambda: _save(config, r, anew()))
         plgpu.commit_smem()
         plgpu.barrier_arrive(products.full(r, anew()))
         return carry
 
-    _, count = _chunks(config, r)
+    _, count = chunks_of(config, r)
     turns = lax.div(count - 1 - stream + config.streams, jnp.int32(config.streams))
     lax.fori_loop(0, turns, step, None)
     if config.shared:
@@ -156,15 +162,30 @@ def _write_scores(config, r, n):
     scores = matmul(r.q_s.at[config.queries.place(n)], r.k_s.at[slot].T, SQUARE)
     if config.scale != 1:
         scores = scores * config.scale
-    decay = decay_mask(config, r, slot)
-    if decay is not None:
-        scores = (scores * decay).astype(config.dtype)
+    scores = weighed(config, r, slot, scores)
+    if config.decayed:
+        scores = scores.astype(config.dtype)
     elif r.causal_s is not None:  # a product with 0 and 1, two numbers at once, is cheaper than a choice
         scores = scores.astype(config.dtype) * plgpu.load(r.causal_s, layout=TILE)
     else:
         row, column = place(r)
         scores = lax.optimization_barrier(jnp.where(row >= column, scores, 0.0)).astype(config.dtype)
     _put(config, r, lambda: n, "scores_s", scores)
+
+
+def _part_documents(config, r, n):
+    """What the state warpgroups need to know of documents that begin in chunk n."""
+    slot, made = config.keys.place(n), config.products.place(n)
+    last = plgpu.load(r.documents_r.at[slot], layout=ROWS) == r.documents_c[slot, CHUNK - 1]
+    r.last_s.at[made][...] = jnp.where(last, 1.0, 0.0).astype(config.dtype)
+
+    @pl.when(crossed(r, slot))
+    def _():
+        solve = plgpu.load(r.solve_s.at[made], layout=TILE)
+        r.solve_s.at[made + config.products.slots][...] = unseen_removed(r, slot, solve, "columns")
+        for part in range(config.key_dim // 64):
+            ref = r.q_s.at[config.queries.place(n), :, pl.ds(part * 64, 64)]
+            ref[...] = unseen_removed(r, slot, plgpu.load(ref, layout=TILE), "rows")
 
 
 def _put(config, r, n, name, value):

@@ -10,6 +10,7 @@ import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax import lax
 
+from pallas_kernels.hopper.masks import weighed
 from pallas_kernels.hopper.mosaic import CHUNK, COLS, ROWS, SQUARE, TILE, matmul, matmuls, per_column, per_row, place
 from pallas_kernels.hopper.warps import BLOCK, block_products, joined
 
@@ -23,7 +24,7 @@ def fresh(r):
     return r.numbers_r[0]
 
 
-def write_inverse(config, r, slot, put, decay, midway):
+def write_inverse(config, r, slot, put, midway):
     """Writes what the state warpgroups solve with, and (saved, tied) the inverse of I + diag(c) M.
 
     put(name, value) writes what they read: "solve_s", which is c∘W if folded, and else "erase_s", c.
@@ -56,8 +57,7 @@ def write_inverse(config, r, slot, put, decay, midway):
         r.square_s[...] = square
     plgpu.commit_smem()
     numbers = lambda i: plgpu.load(r.keys_s.at[fresh(r) + i], layout=COLS)
-    if decay is not None:
-        gram = gram * decay
+    gram = weighed(config, r, slot, gram)
     if config.tied and config.save:
         row, column = place(r)
         strict = jnp.where(row > column, gram * (per_row(inverse_norm, SQUARE) * per_column(numbers(1), SQUARE)), 0.0)

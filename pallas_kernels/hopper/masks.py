@@ -4,18 +4,55 @@ import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax import lax
 
-from pallas_kernels.hopper.mosaic import COLS, ROWS, SQUARE, matmul, per_column, per_row, place
+from pallas_kernels.hopper.mosaic import CHUNK, COLS, ROWS, SQUARE, matmul, per_column, per_row, place
 
 
-def decay_mask(config, r, slot):
-    """D_ij on and below the diagonal, 0 across documents; None where it is 1 throughout."""
-    if not config.decayed:
-        return None
+def weighed(config, r, slot, tile):
+    """D∘tile on and below the diagonal, float32. What is above it is 0 with decay, and else for the caller to mask."""
+    if config.decayed:
+        return tile * _decay_mask(config, r, slot)
+    if config.masked:
+        within = lambda tile: jnp.where(_one_document(r, slot), tile, 0.0)
+        return only_if(mixed(r, slot), within, tile)
+    return tile
+
+
+def only_if(flag, change, value):
+    """change(value) if flag, a traced bool that all threads agree on, else value."""
+    return lax.cond(flag, change, lambda value: value, value)
+
+
+def mixed(r, slot):
+    """Whether a document begins in the chunk behind its first token."""
+    return r.documents_c[slot, 0] != r.documents_c[slot, CHUNK - 1]
+
+
+def crossed(r, slot):
+    """Whether a document begins in the chunk, of documents that are counted from what the chunk before ended with."""
+    return r.documents_c[slot, CHUNK - 1] != 0
+
+
+def unseen_removed(r, slot, tile, by):
+    """The tile without the tokens of documents that begin in the chunk, which do not see the state before it; those of
+    the chunk are its rows or its columns (by)."""
+    if by == "rows":
+        seen = per_row(plgpu.load(r.documents_r.at[slot], layout=ROWS), tile.shape) == 0
+    else:
+        seen = per_column(plgpu.load(r.documents_c.at[slot], layout=COLS), tile.shape) == 0
+    return jnp.where(seen, tile, jnp.zeros_like(tile))
+
+
+def _one_document(r, slot):
+    documents = (plgpu.load(r.documents_r.at[slot], layout=ROWS), plgpu.load(r.documents_c.at[slot], layout=COLS))
+    return per_row(documents[0], SQUARE) == per_column(documents[1], SQUARE)
+
+
+def _decay_mask(config, r, slot):
+    """D_ij on and below the diagonal, 0 above it and across documents."""
     row, column = place(r)
     keep = row >= column
     if config.masked:
-        documents = (plgpu.load(r.documents_r.at[slot], layout=ROWS), plgpu.load(r.documents_c.at[slot], layout=COLS))
-        keep = keep & (per_row(documents[0], SQUARE) == per_column(documents[1], SQUARE))
+        keep = keep & _one_document(r, slot)
     if not config.summed:
         return jnp.where(keep, 1.0, 0.0)
     sums = (plgpu.load(r.sums_r.at[slot], layout=ROWS), plgpu.load(r.sums_c.at[slot], layout=COLS))
@@ -27,10 +64,8 @@ def masked_scores(config, r, slot, k_s):
     scores = matmul(r.q_s.at[slot], k_s.T, SQUARE)
     if config.scale != 1:
         scores = scores * config.scale
-    decay = decay_mask(config, r, slot)
-    if decay is None:
+    scores = weighed(config, r, slot, scores)
+    if not config.decayed:
         row, column = place(r)
         scores = jnp.where(row >= column, scores, 0.0)
-    else:
-        scores = scores * decay
     return lax.optimization_barrier(scores).astype(config.dtype)

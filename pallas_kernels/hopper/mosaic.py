@@ -141,6 +141,14 @@ def store(ref, value):
         ref[...] = value
 
 
+def copy_out(source, target, wanted=None):
+    """Copies shared to device memory, where `wanted` says so: without a branch, which costs the compiler registers."""
+    if wanted is None or not interpreting():
+        plgpu.copy_smem_to_gmem(source, target, wanted)
+    else:  # the interpreter knows no predicates
+        pl.when(wanted)(lambda: plgpu.copy_smem_to_gmem(source, target))
+
+
 class Ring(NamedTuple):
     """`slots` places in shared memory through which the chunks pass: chunk n has place n % slots, barriers n % turns.
 

@@ -34,9 +34,7 @@ def unsupported(dtypes, key_dim, value_dim, chunk_size):
     return None
 
 
-def forward(
-    query, key, value, erase, write, log_decay, initial_state, documents, *, scale, save, exact=False, plan=None
-):
+def forward(query, key, value, erase, write, log_decay, initial_state, begins, *, scale, save, exact=False, plan=None):
     """Output, final state and the residuals of `backward`.
 
     Args:
@@ -44,7 +42,7 @@ def forward(
         erase: [B, T, H] float32, or beta if exact. write: likewise, or None where it is erase.
         log_decay: [B, T, H] float32 or None.
         initial_state: [B, H, K, V] float32 or None for zeros.
-        documents: [B, T] int32 or None, how many documents of the row began up to the token, not counting token 0.
+        begins: [B, T] bool or None, whether a document begins with the token; not with token 0.
         save: whether to return residuals; else ().
         exact: erase and write are (1 - e^{-βλ})/λ with λ = ‖k‖², made in the kernel; in XLA that reads the keys once
             more, and its gradient reads them and writes theirs again. No log_decay then: write would be another number.
@@ -54,7 +52,7 @@ def forward(
     to be differentiated.
     """
     length, key_dim, value_dim = key.shape[1], key.shape[-1], value.shape[-1]
-    few = length <= decode.SHORT and not exact and initial_state is not None and documents is None and not save
+    few = length <= decode.SHORT and not exact and initial_state is not None and begins is None and not save
     if few and not decode.unsupported((query.dtype, key.dtype, value.dtype), key_dim, value_dim):
         output, state = decode.decode(query, key, value, erase, write, log_decay, initial_state, scale=scale)
         return output, state, ()
@@ -64,17 +62,19 @@ def forward(
     query, key, value = _padded(query, key, value)
     if plan is None:
         plan = _plan(save, value, key)
-    vectors, documents = _vectors(erase, log_decay, documents)
+    vectors, documents = _vectors(erase, log_decay, begins)
     initial = _transposed(initial_state, key.shape[-1], value.shape[-1])
+    starts = None if initial is None else initial[:, :, None]
     options = dict(scale=scale, tied=tied, save=save)
     rows = value.shape[0] * value.shape[2]
     apart = plan.apart and few_heads.serves(rows, value.shape[-1], vectors, tied=tied, save=save)
     if apart:
         plan = plan._replace(fused=False, forward=plan.apart, backward=plan.apart)
-    if plan.fused:
-        out = forward_kernel(key, query, value, vectors, documents, initial, exact=exact, **options)
+    if documents is not None and log_decay is None and not save:
+        out = _by_documents(query, key, value, vectors, documents, initial, options, exact)
+    elif plan.fused:
+        out = forward_kernel(key, query, value, vectors, documents, starts, exact=exact, **options)
     elif apart and plan.apart * CHUNK >= length:
-        starts = None if initial is None else initial[:, :, None]
         out = few_heads.forward(key, query, value, vectors, starts, scale=scale, exact=exact, share=plan.apart)
     else:
         out = _by_scan(query, key, value, vectors, documents, initial, plan, options, exact, apart)
@@ -105,8 +105,8 @@ def _by_scan(query, key, value, vectors, documents, initial, plan, options, exac
         vectors |= dict(erase=made.get("erase", gain))
     starts, maps = None if initial is None else initial[:, :, None], None
     if parts.bounds[-1]:
-        begins, _ = _borders(documents, parts.bounds)
-        summed = summaries(key, value, solve, vectors, begins, initial, tied=tied, parts=parts)
+        leads, _ = _borders(documents, parts.bounds)
+        summed = summaries(key, value, solve, vectors, initial, tied=tied, parts=parts, leads=leads)
         maps = summed["maps"]
         wanted = [n for n, chunk in enumerate(parts.bounds) if chunk % plan.forward == 0]
         starts = chain(initial, maps, summed["ends"], wanted)
@@ -119,6 +119,29 @@ def _by_scan(query, key, value, vectors, documents, initial, plan, options, exac
     return out | made | inverse | ({} if maps is None else dict(maps=maps))
 
 
+def _by_documents(query, key, value, vectors, documents, initial, options, exact):
+    """The forward pass of rows of documents without decay, in as many pieces as fill the card. A piece is walked from
+    where the document begins that it cuts; only what lies before pieces with longer documents is summed up."""
+    batch, length, heads, _ = value.shape
+    chunks, gain = -(-length // CHUNK), dict(gain=vectors["gain"])
+    share = -(-chunks // pieces.fill(batch * heads, length))
+    options |= dict(exact=exact)
+    if share >= chunks:
+        starts = None if initial is None else initial[:, :, None]
+        leads = jnp.full((batch, 1), -1, jnp.int32)
+        return forward_kernel(key, query, value, gain, documents, starts, leads=leads, **options)
+    parts = pieces.parts(share, chunks, even=False)
+    leads = _leads(documents, share, chunks, initial is not None)
+    kind = dict(tied=options["tied"], leads=leads)
+    made = prepare(key, vectors, documents, value.dtype, chunks=parts.bounds[-1], save=False, exact=exact, **kind)
+    rest = {name: x[:, :1] for name, x in vectors.items() if name != "gain"}  # the same for all heads
+    if not options["tied"]:  # else the inverse has it
+        rest |= dict(erase=made.get("erase", gain["gain"]))
+    summed = summaries(key, value, made["solve"], rest, initial, parts=parts, **kind)
+    starts = chain(initial, summed["maps"], summed["ends"], range(len(parts.bounds)), leads)
+    return forward_kernel(key, query, value, gain, documents, starts, share=share, leads=leads, **options)
+
+
 def backward(
     query,
     key,
@@ -127,7 +150,7 @@ def backward(
     write,
     log_decay,
     initial_state,
-    documents,
+    begins,
     residuals,
     d_output,
     d_state,
@@ -136,14 +159,14 @@ def backward(
     exact=False,
     plan=None,
 ):
-    """Gradients of the eight inputs of `forward` but documents, in order; None where the input is None."""
+    """Gradients of the eight inputs of `forward` but begins, in order; None where the input is None."""
     length, key_heads, key_dim = key.shape[1:]
     value_dim = value.shape[-1]
     tied = write is None
     saved = dict(zip((*_saved(exact), "maps"), residuals, strict=False))  # maps where pieces were summed up
     padded_query, padded_key, d_output = _padded(query, key, d_output.astype(value.dtype))
     tokens = padded_query, padded_key, d_output
-    vectors, documents = _vectors(erase, log_decay, documents)
+    vectors, documents = _vectors(erase, log_decay, begins)
     vectors = _backward_vectors(vectors, saved, exact)
     d_final = _transposed(d_state, padded_key.shape[-1], d_output.shape[-1])
     share = (_plan(True, d_output, padded_key) if plan is None else plan).backward
@@ -178,18 +201,37 @@ def _backward_vectors(vectors, saved, exact):
 
 
 def _borders(documents, bounds):
-    """For each part of bounds[p] to bounds[p + 1] chunks, [B, P] int32: chunks before the last one in which a document
-    begins, 0 if none does; chunks up to the first such one, all if none does. None, None without documents."""
+    """For P parts, of bounds[p] to bounds[p + 1] chunks: [B, P + 1] int32, leads as `summaries` takes them, to look at
+    all parts; [B, P], chunks of each up to the first in which a document begins, or all. Else None, None."""
     if documents is None:
         return None, None
-    chunked = documents.reshape(documents.shape[0], 1, -1, CHUNK)
-    before = jnp.pad(chunked[..., :-1, -1:], ((0, 0), (0, 0), (1, 0), (0, 0)))
-    begins = jnp.any(chunked != jnp.concatenate([before, chunked[..., :-1]], -1), -1)
+    begins = documents[:, None, CHUNK - 1 :: CHUNK] > 0
     first, end = (jnp.array(x, jnp.int32)[None, :, None] for x in (bounds[:-1], bounds[1:]))
-    chunk = jnp.arange(chunked.shape[2], dtype=jnp.int32)[None, None]
+    chunk = jnp.arange(begins.shape[2], dtype=jnp.int32)[None, None]
     begins &= (first <= chunk) & (chunk < end)  # [B, P, N]
     last = jnp.max(jnp.where(begins, chunk - first, 0), -1)
-    return last, jnp.min(jnp.where(begins, chunk - first + 1, end - first), -1)
+    return -1 - jnp.pad(last, ((0, 0), (1, 0))), jnp.min(jnp.where(begins, chunk - first + 1, end - first), -1)
+
+
+def _leads(documents, share, chunks, given):
+    """How each piece of `share` chunks begins, [B, P] int32, of documents [B, N·64] as the kernels take them.
+
+    n ≥ 0: with the document that begins n chunks before the piece, and zeros. -1 - n: with the state before it, for
+    which the piece before is summed up from its chunk n on, where that one's last document begins, or throughout if
+    none does. given: the first piece begins with a state.
+    """
+    count = -(-chunks // share)
+    behind = lambda x: jnp.pad(x[:, :-1], ((0, 0), (1, 0)))  # of the piece before
+    chunk = jnp.arange(chunks, dtype=jnp.int32)[None] % share
+    last = jnp.where(documents[:, CHUNK - 1 :: CHUNK] > 0, chunk, -1)  # in which a document begins
+    last = jnp.pad(last, ((0, 0), (0, -chunks % share)), constant_values=-1).reshape(-1, count, share).max(-1)
+    unbroken, before = last < 0, behind(last)
+    piece = jnp.arange(count, dtype=jnp.int32)[None]
+    cut = documents[:, :: share * CHUNK] == 0  # is a document before the piece
+    through = unbroken & jnp.pad(cut[:, 1:], ((0, 0), (0, 1)))  # goes one document, to the next piece
+    far = behind(through) | through | (share - before > pieces.LEAD)
+    leads = jnp.where(cut & far, -1 - jnp.maximum(before, 0), jnp.where(cut, share - before, 0))
+    return jnp.where(piece == 0, -int(given), leads)
 
 
 def _behind(d_final, maps, ends):
@@ -253,16 +295,18 @@ def _reach(documents):
     return reach & (documents[..., :, None] == documents[..., None, :])
 
 
-def _vectors(gain, log_decay, documents):
-    """What the kernels read per token, [B, H, N·64] float32, and documents [B, N·64]."""
+def _vectors(gain, log_decay, begins):
+    """What the kernels read per token, [B, H, N·64] float32, and documents [B, N·64] int32, how many of its chunk began
+    up to the token: 0 is that which the chunk before ended with. None without begins."""
     by_head = lambda x: _chunked(jnp.swapaxes(x.astype(jnp.float32), 1, 2))
     gain = by_head(gain)
     vectors = dict(gain=gain)
     first = last = jnp.ones((), bool)
-    if documents is not None:
-        documents = _chunked(documents.astype(jnp.int32), mode="edge")  # padding belongs to the last document
-        before = jnp.pad(documents[:, :-1, -1:], ((0, 0), (1, 0), (0, 0)))
-        first, last = (documents == before)[:, None], (documents == documents[..., -1:])[:, None]
+    documents = None
+    if begins is not None:
+        begun = _chunked(begins)  # padding belongs to the last document
+        documents = jnp.sum(jnp.where(_reach(None)[:, 0], begun[..., None, :], False), -1, dtype=jnp.int32)
+        first, last = (documents == 0)[:, None], (documents == documents[..., -1:])[:, None]
         ones = jnp.ones_like(gain)
         vectors |= dict(left=jnp.where(first, ones, 0), right=jnp.where(last, ones, 0))
     if log_decay is not None:

@@ -10,6 +10,7 @@ from typing import NamedTuple
 from pallas_kernels.hopper import blocks
 from pallas_kernels.hopper.mosaic import CHUNK, PROCESSORS
 
+LEAD = 4  # chunks that a piece is walked from before its own; where it would be more, they are summed up
 SHORTEST = 8  # chunks of a piece; below, what pieces cost besides is more than they save
 
 

@@ -13,7 +13,6 @@ import jax.numpy as jnp
 from jax import lax
 
 from pallas_kernels.hopper.inverse import BLOCK, fresh, write_inverse
-from pallas_kernels.hopper.masks import decay_mask
 from pallas_kernels.hopper.mosaic import (
     CHUNK,
     F32,
@@ -26,9 +25,10 @@ from pallas_kernels.hopper.mosaic import (
     stage,
     write_numbers,
 )
+from pallas_kernels.hopper.scan_state import skipped
 
 
-def prepare(key, vectors, documents, dtype, *, chunks, tied, save, exact=False):
+def prepare(key, vectors, documents, dtype, *, chunks, tied, save, exact=False, leads=None):
     """What solves for the updates of a chunk's tokens, and what the backward pass needs of it.
 
     Args:
@@ -37,6 +37,7 @@ def prepare(key, vectors, documents, dtype, *, chunks, tied, save, exact=False):
         documents: [B, N·64] int32 or None.
         dtype: of the results that are matrices.
         chunks: n, of which so many are prepared, the first ones.
+        leads: [B, P + 1] int32, as `summaries` takes them, for P equal parts of those chunks; None for all of them.
 
     Returns:
         name -> array. solve [B, H, n, C, C]: tied and saved E = solve (V - a∘K S), tied and not saved, which is folded,
@@ -49,8 +50,7 @@ def prepare(key, vectors, documents, dtype, *, chunks, tied, save, exact=False):
     inputs = dict(key=key, gain_v=vectors["gain"])
     if summed:
         inputs["sums_v"] = vectors["sums"]
-    if masked:
-        inputs["documents"] = documents
+    inputs |= {name: x for name, x in dict(documents=documents, leads=leads).items() if x is not None}
     both = save and tied
     matrices = jax.ShapeDtypeStruct((batch, heads, chunks, *SQUARE), dtype)
     numbers = jax.ShapeDtypeStruct((batch, heads, chunks * CHUNK), F32)
@@ -86,21 +86,28 @@ def prepare(key, vectors, documents, dtype, *, chunks, tied, save, exact=False):
         full=plgpu.Barrier(num_arrivals=2 + 2 * summed + 2 * masked, num_barriers=count),
         ready=plgpu.Barrier(num_arrivals=1),
     )
-    splits = max(1, min(PROCESSORS // (batch * heads), pl.cdiv(chunks, count)))
+    shares, blocks = max(1, min(PROCESSORS // (batch * heads), pl.cdiv(chunks, count))), 1
+    if leads is not None:
+        shares = leads.shape[1] - 1
+        blocks = max(1, chunks // (2 * count * shares))  # more than the card runs at a time: many have nothing to do
     config = SimpleNamespace(
-        chunks=chunks, share=pl.cdiv(chunks, splits), group=heads // key.shape[2], count=count, dtype=dtype, tied=tied,
-        save=save, folded=folded, exact=exact, both=both, masked=masked, decayed=decayed, summed=summed, own=tuple(own),
+        chunks=chunks, share=pl.cdiv(chunks, shares), group=heads // key.shape[2], count=count, dtype=dtype, tied=tied,
+        save=save, folded=folded, exact=exact, both=both, masked=masked, decayed=decayed, summed=summed,
+        skipping=leads is not None, blocks=blocks, stride=count * blocks, own=tuple(own),
     )  # fmt: skip
-    return launch("efla_prepare", config, inputs, outputs, scratch, (batch, heads, splits), (count, _chunks))
+    return launch("efla_prepare", config, inputs, outputs, scratch, (batch, heads, shares * blocks), (count, _chunks))
 
 
 def _chunks(config, r, i):
-    """Chunks i, i + count, … of the block's share."""
+    """Of a share of the chunks, every so manyth of those that are looked at."""
     full = r.full.at[i]
     own = {name: part_of(getattr(r, name), i) for name in config.own}
     r = SimpleNamespace(**r.__dict__ | own)
-    first = r.c * config.share + i
-    end = jnp.minimum((r.c + 1) * config.share, config.chunks)
+    share = lax.div(r.c, jnp.int32(config.blocks))
+    first, end = share * config.share, jnp.minimum((share + 1) * config.share, config.chunks)
+    if config.skipping:
+        first = jnp.minimum(first + skipped(r, share, config.share), end)
+    first = first + lax.rem(r.c, jnp.int32(config.blocks)) * config.count + i
 
     @pl.when(i == 0)
     def _():
@@ -112,7 +119,7 @@ def _chunks(config, r, i):
     r.blocks_s.at[r.first, pl.ds(0, CHUNK)][...] = plgpu.layout_cast(jnp.zeros((CHUNK, BLOCK), jnp.float16), TILE)
 
     def load(turn):
-        n, slot = first + turn * config.count, r.first
+        n, slot = first + turn * config.stride, r.first
         rows = pl.ds(n * CHUNK, CHUNK)
         plgpu.copy_gmem_to_smem(r.key.at[r.b, rows, lax.div(r.h, config.group)], r.k_s.at[slot], full)
         for name in ("gain_s", "sums_r", "sums_c"):
@@ -130,18 +137,18 @@ def _chunks(config, r, i):
 
         def midway():
             plgpu.commit_smem()  # what read the place is done before the copy, which is another proxy, writes it
-            pl.when(first + (turn + 1) * config.count < end)(lambda: load(turn + 1))
+            pl.when(first + (turn + 1) * config.stride < end)(lambda: load(turn + 1))
 
         def put(name, value):
             getattr(r, name).at[r.first][...] = value
 
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # what the chunk before left here has been copied
-        write_inverse(config, r, fresh(r), put, decay_mask(config, r, fresh(r)), midway)
+        write_inverse(config, r, fresh(r), put, midway)
         plgpu.commit_smem()
-        _leave(config, r, first + turn * config.count)
+        _leave(config, r, first + turn * config.stride)
         return carry
 
-    turns = lax.div(jnp.maximum(end - first, 0) + config.count - 1, jnp.int32(config.count))
+    turns = lax.div(jnp.maximum(end - first, 0) + config.stride - 1, jnp.int32(config.stride))
     lax.fori_loop(0, turns, step, None)
     plgpu.wait_smem_to_gmem(0)
 

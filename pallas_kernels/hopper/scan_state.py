@@ -1,11 +1,27 @@
 """The state warpgroups of `pallas_kernels.hopper.scan`: only what the next chunk waits for."""
 
+from types import SimpleNamespace
+
 import jax.experimental.pallas as pl
 import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax import lax
 
 from pallas_kernels.hopper.mosaic import CHUNK, COLS, F32, SQUARE, TILE, matmul, part_of, per_column, product
+
+
+def in_piece(role):
+    """role, of a grid with a block for each piece of a head: a head in r.h, its piece in r.piece, the chunks before it
+    that `forward` walks too in r.lead, and in r.c what `piece_of` takes, the columns of each piece in turn."""
+
+    def run(config, r, w):
+        pieces = jnp.int32(config.pieces)
+        piece = lax.rem(r.h, pieces)
+        at = dict(h=lax.div(r.h, pieces), c=piece * config.blocks + r.rank, piece=piece)
+        at |= dict(lead=r.leads[r.b, piece]) if config.mixing else {}
+        role(config, SimpleNamespace(**r.__dict__ | at), w)
+
+    return run
 
 
 def piece_of(config, r):
@@ -32,6 +48,12 @@ def state_warpgroup(config, r, w):
         r.final.at[r.b, r.h, columns][...] = state
 
     plgpu.wait_smem_to_gmem(0)
+
+
+def skipped(r, part, chunks):
+    """How many of the first of a part's chunks are not looked at, of those of which `summaries` wants some or none."""
+    lead = r.leads[r.b, part + 1]
+    return jnp.where(lead < 0, -1 - lead, chunks)
 
 
 def columns_of(config, r):

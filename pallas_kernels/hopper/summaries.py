@@ -34,19 +34,21 @@ from pallas_kernels.hopper.mosaic import (
     stage,
     store,
 )
-from pallas_kernels.hopper.scan_state import follow
+from pallas_kernels.hopper.scan_state import follow, skipped
 
 REGISTERS = dict(state=224, helper=56)  # of a thread. A launch gives three warpgroups 168 each, two 256.
 
 
-def summaries(key, value, solve, vectors, begins, initial, *, tied, parts):
+def summaries(key, value, solve, vectors, initial, *, tied, parts, leads=None):
     """Of every part, what it makes of a zero state (the first one: of the initial state) and its map.
 
     Args:
-        key, value, solve, vectors: as `scan` takes them; of solve only what parts cover is looked at.
-        begins: [B, P] int32, as many chunks of a part lie before the last one in which a document begins, or None.
+        key, value, solve, vectors: as `scan` takes them; of solve only what parts cover is looked at; vectors may be
+            [B, 1, N·64], the same for all heads.
         initial: [B, H, V, K] float32 or None for zeros.
         parts: `pieces.Parts`.
+        leads: [B, P + 1] int32 or None. What is behind a part has -1 - n: the part is looked at from its chunk n on; or
+            n ≥ 0: it is not, and nothing is left of it.
 
     Returns:
         ends [B, H, P, V, K] float32, Eᵀ; maps as `chain` takes them, all but the first.
@@ -56,7 +58,7 @@ def summaries(key, value, solve, vectors, begins, initial, *, tied, parts):
     count, dtype, decayed = len(parts.bounds) - 1, value.dtype, "left" in vectors
     inputs = dict(key=key, value=value, solve=solve)
     inputs |= {f"{name}_v": x for name, x in vectors.items() if name != "sums"}
-    inputs |= {name: x for name, x in dict(begins=begins, starts=initial).items() if x is not None}
+    inputs |= {name: x for name, x in dict(leads=leads, starts=initial).items() if x is not None}
     outputs = dict(
         ends=jax.ShapeDtypeStruct((batch, heads, count, value_dim, key_dim), F32),
         maps=jax.ShapeDtypeStruct(
@@ -81,7 +83,7 @@ def summaries(key, value, solve, vectors, begins, initial, *, tied, parts):
     config = SimpleNamespace(
         parts=parts, walks=walks, of_values=of_values, of_maps=of_maps, group=heads // key_heads, key_dim=key_dim,
         value_groups=value_dim // 64, writers=writers, read=False, tied=tied, dtype=dtype, save=False, fed=False,
-        shared=False, folded="erase" not in vectors, decayed=decayed, numbers=numbers, skipping=begins is not None,
+        shared=False, folded="erase" not in vectors, decayed=decayed, numbers=numbers, skipping=leads is not None,
         given=initial is not None, keys=keys, values=values, solves=values,
     )  # fmt: skip
     check_registers((writers, REGISTERS["state"]), (1, REGISTERS["helper"]))
@@ -107,8 +109,8 @@ def _walk(config, r):
     spans = []
     for n in range(2):
         first, end = lookup(bounds, part + n), lookup(bounds, part + jnp.minimum(n + 1, parts))
-        if config.skipping:  # nothing before matters to the part's end
-            first = first + r.begins[r.b, jnp.minimum(part + n, len(bounds) - 2)]
+        if config.skipping:
+            first = first + skipped(r, jnp.minimum(part + n, len(bounds) - 2), end - first)
         spans.append((first, jnp.maximum(end - first, 0)))
     return part, parts, spans
 
@@ -123,7 +125,7 @@ def _state(config, r, w):
         step = lambda i, state: follow(config, r, w, i, None, None, state)
         first, count = n * before, jnp.where(n == 0, before, behind)
         state = lax.fori_loop(first, first + count, step, _start(config, r, part + n, group))
-        _leave(config, r, part + n, group, state)
+        pl.when(count > 0 if config.skipping else True)(lambda: _leave(config, r, part + n, group, state))
         return carry
 
     lax.fori_loop(0, parts, sum_up, None)
@@ -165,7 +167,7 @@ def _helper(config, r, _):
     count = before + behind
     loads = _loads(config, r)
     if config.decayed:
-        _empty_values(config, r)
+        pl.when(count > 0)(lambda: _empty_values(config, r))
     for i in range(config.keys.slots):
         for _, load in loads:
             pl.when(count > i)(lambda i=i, load=load: load(0 * count + i))
@@ -206,7 +208,8 @@ def _loads(config, r):
         plgpu.copy_gmem_to_smem(r.solve.at[r.b, r.h, n], r.solve_s.at[slot], full)
         for name in config.numbers:
             source, target = getattr(r, f"{name}_v"), getattr(r, f"{name}_s")
-            plgpu.copy_gmem_to_smem(source.at[r.b, r.h, rows], target.at[slot], full)
+            head_or_all = r.first if source.shape[1] == 1 else r.h
+            plgpu.copy_gmem_to_smem(source.at[r.b, head_or_all, rows], target.at[slot], full)
         for w in range(config.writers):
             target, group = r.v_s.at[slot, w], groups + w
 

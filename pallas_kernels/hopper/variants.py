@@ -97,9 +97,10 @@ def _arrays(key_dim, value_dim, *, tied, decay, documents, batch=32, length=1024
     value = shape((batch, length, heads, value_dim), dtype)
     number = shape((batch, length, heads), jnp.float32)
     state = shape((batch, heads, key_dim, value_dim), jnp.float32)
-    ids = shape((batch, length), jnp.int32)
+    begins = shape((batch, length), jnp.bool)
     return (
-        key, key, value, number, None if tied else number, number if decay else None, state, ids if documents else None,
+        key, key, value, number, None if tied else number, number if decay else None, state,
+        begins if documents else None,
     )  # fmt: skip
 
 

@@ -55,7 +55,7 @@ def forward(
     write,
     log_decay,
     initial_state,
-    documents,
+    begins,
     *,
     scale,
     save,
@@ -69,11 +69,12 @@ def forward(
         erase: [B, T, H] float32. write: likewise, or None where it is erase.
         log_decay: [B, T, H] float32 or None.
         initial_state: [B, H, K, V] float32 or None for zeros.
-        documents: [B, T] int32 or None, how many documents of the row began up to the token, not counting token 0.
+        begins: [B, T] bool or None, whether a document begins with the token; not with token 0.
         save: whether to return residuals; else ().
         chunk_size: 64, 128, 256 or None. precision: of the products, `jax.lax.Precision` or None.
     """
     with jax.enable_x64(False):  # indices are 32 bits wide, also where a program has enabled x64
+        documents = _numbered(begins)
         call = _Call("forward", query, key, value, write, log_decay, documents, scale, chunk_size, precision)
         numbers = call.numbers(erase, write, log_decay, documents)
         query, key, flat_value = (call.flat(x) for x in (query, key, value))
@@ -91,7 +92,7 @@ def backward(
     write,
     log_decay,
     initial_state,
-    documents,
+    begins,
     residuals,
     d_output,
     d_state,
@@ -100,8 +101,9 @@ def backward(
     chunk_size=None,
     precision=None,
 ):
-    """Gradients of the eight inputs of `forward` but documents, in order; None where the input is None."""
+    """Gradients of the eight inputs of `forward` but begins, in order; None where the input is None."""
     with jax.enable_x64(False):
+        documents = _numbered(begins)
         call = _Call("backward", query, key, value, write, log_decay, documents, scale, chunk_size, precision)
         numbers = call.numbers(erase, write, log_decay, documents)
         tokens = [call.flat(x) for x in (query, key, value, d_output.astype(value.dtype))]
@@ -119,6 +121,11 @@ def backward(
             d_log_decay,
             None if initial_state is None else call.state(out["d_initial"]),
         )
+
+
+def _numbered(begins):
+    """[B, T] int32, how many documents began in the row up to the token; None of None."""
+    return None if begins is None else jnp.cumsum(begins, axis=1, dtype=jnp.int32)
 
 
 class _Call:

@@ -78,7 +78,8 @@ def _arrays(
     value = shape((batch, length, heads, value_dim), dtype)
     number = shape((batch, length, heads), F32)
     state = shape((batch, heads, key_dim, value_dim), F32) if documents else None
-    ids = shape((batch, length), jnp.int32)
+    begins = shape((batch, length), jnp.bool)
     return (
-        key, key, value, number, None if tied else number, number if decay else None, state, ids if documents else None,
+        key, key, value, number, None if tied else number, number if decay else None, state,
+        begins if documents else None,
     )  # fmt: skip

@@ -32,7 +32,7 @@ def absent() -> str | None:
     return None if found >= OLDEST else f"{NO_DEVICE}; this one has {found / 10}"
 
 
-def forward(query, key, value, erase, write, log_decay, initial_state, documents, *, scale: float, save: bool):
+def forward(query, key, value, erase, write, log_decay, initial_state, begins, *, scale: float, save: bool):
     """Output, final state and, with `save`, what the backward needs.
 
     Args:
@@ -41,7 +41,7 @@ def forward(query, key, value, erase, write, log_decay, initial_state, documents
         erase: [B, T, H] float32. write: likewise, or None where it is erase.
         log_decay: [B, T, H] float32 ≤ 0, or None, which leaves decay out of the kernels.
         initial_state: [B, H, K, V] float32, or None for zeros.
-        documents: [B, T] int32, how many documents began in the row up to the token, 0 at token 0; None for one.
+        begins: [B, T] bool, whether a document begins with the token, not with token 0; None for one document.
         scale: factor on the output.
         save: whether residuals are wanted.
 
@@ -50,12 +50,12 @@ def forward(query, key, value, erase, write, log_decay, initial_state, documents
     """
     from pallas_kernels.triton import launch
 
-    x = launch.Inputs(query, key, value, erase, write, log_decay, initial_state, documents)
+    x = launch.Inputs(query, key, value, erase, write, log_decay, initial_state, launch.numbered(begins))
     return launch.forward(*_target(), x, scale=scale, save=save)
 
 
 def backward(
-    query, key, value, erase, write, log_decay, initial_state, documents, residuals, d_output, d_state, *, scale: float
+    query, key, value, erase, write, log_decay, initial_state, begins, residuals, d_output, d_state, *, scale: float
 ):
     """Gradients of `forward`'s inputs from the cotangents of its output (value's type) and final state (float32).
 
@@ -65,7 +65,7 @@ def backward(
     """
     from pallas_kernels.triton import launch
 
-    x = launch.Inputs(query, key, value, erase, write, log_decay, initial_state, documents)
+    x = launch.Inputs(query, key, value, erase, write, log_decay, initial_state, launch.numbered(begins))
     return launch.backward(*_target(), x, residuals, (d_output, d_state), scale=scale)
 
 

@@ -48,6 +48,11 @@ class Inputs(NamedTuple):
     documents: Any
 
 
+def numbered(begins):
+    """[B, T] int32, how many documents began in the row up to the token; None of None."""
+    return None if begins is None else jnp.cumsum(begins, axis=1, dtype=jnp.int32)
+
+
 class Problem(NamedTuple):
     """Sizes and options of one call, read off its arrays."""
 

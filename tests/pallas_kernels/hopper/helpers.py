@@ -42,6 +42,12 @@ def documents(starts, batch, length):
     return np.searchsorted(starts, shifted, side="right").astype(np.int32)
 
 
+def counted(starts, length):
+    """[1, T], documents that begin at these tokens as the kernels take them: 0 is what the chunk before ended with."""
+    begins = jnp.zeros((1, length), bool).at[0, jnp.array(starts, int)].set(True)
+    return jnp.cumsum(begins.reshape(1, -1, 64), -1, dtype=jnp.int32).reshape(1, -1)
+
+
 def too_far(got, want, xla, factor=FACTOR) -> dict[str, tuple[float, float]]:
     """Arrays whose error is above the bound, with error and bound. xla: the results of `xla`, None for float16."""
     found = errors(got, want)

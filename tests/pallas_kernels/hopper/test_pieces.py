@@ -1,17 +1,16 @@
 """Long rows of few heads: which kernels run, in how many pieces, the chain over them, and the op as without them."""
 
-from typing import Any
-
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from efla_jax.ops.scan import segment_starts
 from pallas_kernels.hopper import blocks, op, pieces
 from pallas_kernels.hopper.chain import chain, chain_back, split
 from pallas_kernels.hopper.pieces import Parts, Plan
 from pallas_kernels.hopper.prepare import prepare
 from pallas_kernels.hopper.summaries import summaries
-from tests.pallas_kernels.hopper.helpers import assert_accurate, documents, rounded
+from tests.pallas_kernels.hopper.helpers import assert_accurate, counted, documents, rounded
 
 
 @pytest.mark.parametrize(
@@ -148,14 +147,16 @@ CASES = [
 def test_borders():
     """Of each piece, the chunks before the last one in which a document begins, and those up to the first such one."""
     starts = (10, 64, 70, 64 * 5 + 63, 64 * 9)
-    number = np.searchsorted(starts, np.arange(64 * 10), side="right")
-    bounds = 0, 3, 6, 9, 10
-    found: Any = op._borders(jnp.asarray(number[None], jnp.int32), bounds)  # chunks 0, 1; 5; none; 9, the only one
-    assert np.array_equal(found, [[[1, 2, 0, 0]], [[1, 3, 3, 1]]])
-    of_five: Any = op._borders(jnp.asarray(number[None], jnp.int32), (0, 1, 5, 7))  # chunk 0; 1; 5
-    assert np.array_equal(of_five, [[[0, 0, 0]], [[1, 1, 1]]])
-    without: Any = op._borders(jnp.zeros((1, 64 * 5), jnp.int32), (0, 3, 5))
-    assert np.array_equal(without, [[[0, 0]], [[3, 2]]])
+    numbers = counted(starts, 64 * 10)
+    leads, first = op._borders(numbers, (0, 3, 6, 9, 10))  # chunks 0, 1; 5; none; 9, the only one
+    assert np.array_equal(-1 - leads[:, 1:], [[1, 2, 0, 0]])
+    assert np.array_equal(first, [[1, 3, 3, 1]])
+    leads, first = op._borders(numbers, (0, 1, 5, 7))  # chunk 0; 1; 5
+    assert np.array_equal(-1 - leads[:, 1:], [[0, 0, 0]])
+    assert np.array_equal(first, [[1, 1, 1]])
+    leads, first = op._borders(jnp.zeros((1, 64 * 5), jnp.int32), (0, 3, 5))
+    assert np.array_equal(-1 - leads[:, 1:], [[0, 0]])
+    assert np.array_equal(first, [[3, 2]])
 
 
 @pytest.mark.usefixtures("interpreted")
@@ -175,15 +176,17 @@ def test_op_in_pieces(monkeypatch, sizes, starts):
 def test_walks(dim, starts):
     """A block that walks two parts makes of each what two blocks make: the runs of one division, and of another."""
     inputs, _ = rounded(batch=1, length=320, key_dim=dim, value_dim=dim)
-    ids = None if starts is None else jnp.asarray(documents(starts, 1, 320))
-    vectors, ids = op._vectors(inputs["beta"], None, ids)
+    begins = None if starts is None else segment_starts(jnp.asarray(documents(starts, 1, 320)))
+    vectors, ids = op._vectors(inputs["beta"], None, begins)
     made = prepare(inputs["key"], vectors, ids, jnp.bfloat16, chunks=4, tied=True, save=False, exact=True)
     vectors.pop("gain")
     initial = jnp.swapaxes(inputs["initial_state"], 2, 3)
     bounds = 0, 1, 2, 4
-    begins, _ = op._borders(ids, bounds)
-    arrays = inputs["key"], inputs["value"], made["solve"], vectors, begins, initial
-    alone, first = (summaries(*arrays, tied=True, parts=Parts(bounds, walks)) for walks in [(0, 1, 2, 3), (0, 1, 3)])
+    leads, _ = op._borders(ids, bounds)
+    arrays = inputs["key"], inputs["value"], made["solve"], vectors, initial
+    alone, first = (
+        summaries(*arrays, tied=True, parts=Parts(bounds, walks), leads=leads) for walks in [(0, 1, 2, 3), (0, 1, 3)]
+    )
     np.testing.assert_array_equal(alone["ends"], first["ends"])
     np.testing.assert_array_equal(alone["maps"][:, :, 1:], first["maps"][:, :, 1:])
     assert float(jnp.abs(first["maps"][:, :, 1:]).max()) > (0.1 if starts is None else 0)

@@ -1,0 +1,74 @@
+"""Rows of documents, without decay and with nothing kept: the fused kernel, in pieces where heads are few."""
+
+from functools import partial
+
+import jax
+import numpy as np
+import pytest
+
+from efla_jax import efla_attention
+from pallas_kernels.hopper import op, pieces
+from tests.pallas_kernels.hopper.helpers import counted, documents, rounded, too_far
+
+
+def _attend(inputs, ids, dtype=None, **options):
+    """Output and state; of the float64 oracle on the CPU, where dtype says so."""
+    arrays = inputs if dtype is None else {name: np.asarray(x, dtype) for name, x in inputs.items()}
+    with jax.enable_x64(dtype is not None), jax.default_device(None if dtype is None else jax.devices("cpu")[0]):
+        found = jax.jit(partial(efla_attention, **options))(**arrays, segment_ids=ids)
+        return {name: np.asarray(x) for name, x in zip(("output", "state"), found, strict=True)}
+
+
+def _assert_accurate(inputs, ids, **options):
+    want = _attend(inputs, ids, np.float64, implementation="scan", **options)
+    xla = _attend(inputs, ids, implementation="xla", **options)
+    found = too_far(_attend(inputs, ids, implementation="pallas_gpu", **options), want, xla)
+    assert not found, f"errors and their bounds: {found}"
+
+
+# Four pieces of two chunks. A piece begins: with a document; in one that began in the piece before; in one that began
+# before that, in a chunk's midst or with one; in one that the row began with.
+STARTS = {
+    "with a document": (128, 256, 384),
+    "in the piece before": (70, 129, 200, 330),
+    "two documents in a chunk": (10, 20, 64, 66, 127, 140, 321, 322, 323, 383),
+    "through a piece": (64, 300),
+    "through a piece from within a chunk": (75, 440),
+    "through all but one": (30,),
+    "through the first only": (256, 270),
+    "none": (),
+}
+
+
+@pytest.mark.usefixtures("interpreted")
+@pytest.mark.parametrize("lead", [2, 0])
+@pytest.mark.parametrize("starts", STARTS.values(), ids=STARTS.keys())
+def test_in_pieces(monkeypatch, starts, lead):
+    """lead: chunks before a piece that it may be walked from; else they are summed up."""
+    monkeypatch.setattr(pieces, "SHORTEST", 1)
+    monkeypatch.setattr(pieces, "PROCESSORS", 4)
+    monkeypatch.setattr(pieces, "LEAD", lead)
+    inputs, _ = rounded(batch=1, length=488)
+    assert pieces.fill(1, 488) == 4
+    _assert_accurate(inputs, documents(starts, 1, 488), scale=0.5)
+
+
+@pytest.mark.parametrize(
+    ("starts", "lead", "want"),
+    [
+        ((128, 256, 384), 2, [-1, 0, 0, 0]),
+        ((130, 256, 320), 2, [-1, -1, 0, 1]),
+        ((130, 256, 320), 0, [-1, -1, 0, -2]),
+        ((64, 129, 384), 2, [-1, 1, 2, 0]),
+        ((64, 129, 384), 1, [-1, 1, -1, 0]),
+        ((64, 300), 2, [-1, -2, -1, 2]),
+        ((), 2, [-1, -1, -1, -1]),
+        ((30,), 2, [-1, -1, -1, -1]),
+    ],
+)
+def test_leads(monkeypatch, starts, lead, want):
+    """Four pieces of two chunks, the last one shorter: begun with a document, before the piece, or from a state."""
+    monkeypatch.setattr(pieces, "LEAD", lead)
+    numbers = counted(starts, 448)
+    assert op._leads(numbers, 2, 7, True).tolist() == [want]
+    assert op._leads(numbers, 2, 7, False).tolist() == [[0, *want[1:]]]
