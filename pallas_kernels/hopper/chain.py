@@ -93,12 +93,18 @@ def _chain(config, r, _):
     ring, last = config.ring, config.states - 1
     places = [config.wanted.index(n) if n in config.wanted else -1 for n in range(config.states)]
     piece = lambda i: last - i if config.backward else i + r.first
-    staged = None if r.state_stage is None else r.state_stage.at[0]
+    lead = lambda n: r.leads[r.b, n] if config.skipping else jnp.int32(-1)  # of what is behind part n - 1
 
     def load(i):
         slot, full = ring.place(i), ring.full(r, i)
-        plgpu.copy_gmem_to_smem(r.maps.at[r.b, r.h, piece(i + 1)], r.maps_s.at[slot], full)
-        plgpu.copy_gmem_to_smem(r.ends.at[r.b, r.h, piece(i + 1), columns], r.ends_s.at[slot], full)
+        behind = lead(i + 2)
+        copy_maps = lambda: plgpu.copy_gmem_to_smem(r.maps.at[r.b, r.h, piece(i + 1)], r.maps_s.at[slot], full)
+
+        @pl.when(behind < 0)
+        def _():
+            plgpu.copy_gmem_to_smem(r.ends.at[r.b, r.h, piece(i + 1), columns], r.ends_s.at[slot], full)
+            pl.when(behind == -1)(copy_maps)
+            pl.when(behind < -1)(lambda: plgpu.barrier_arrive(full))
 
     def store(i, state):
         place = lookup(places, piece(i))
@@ -107,7 +113,17 @@ def _chain(config, r, _):
         def _():
             r.starts.at[r.b, r.h, place, columns][...] = state
 
-    zeros = lambda: plgpu.layout_cast(jnp.zeros((64, config.key_dim), F32), TILE)
+    def step(i, state):
+        store(i + 1, state)
+        behind = lead(i + 2)
+        state = only_if(behind < 0, lambda state: _advanced(config, r, i, behind, state), state)
+        pl.when(i + ring.slots < steps)(lambda: load(i + ring.slots))
+        return state
+
+    def walk():
+        state = plgpu.load(r.ends.at[r.b, r.h, piece(r.first), columns], layout=TILE, optimized=False)
+        store(steps + 1 + r.first, lax.fori_loop(0, steps, step, state))
+
     steps: Any = last - 1
     if config.skipping:  # up to the last state that is wanted
         reached = [jnp.where(r.leads[r.b, n] < 0, n - 1, 0) for n in range(2, config.states)]
@@ -116,27 +132,27 @@ def _chain(config, r, _):
         pl.when(steps > i)(lambda i=i: load(i + r.first))
     if config.given:
         store(r.first, plgpu.load(r.first_state.at[r.b, r.h, columns], layout=TILE, optimized=False))
-    else:
-        store(r.first, zeros())
-    state = plgpu.load(r.ends.at[r.b, r.h, piece(r.first), columns], layout=TILE, optimized=False)
+    elif not config.skipping:
+        store(r.first, plgpu.layout_cast(jnp.zeros((64, config.key_dim), F32), TILE))
+    pl.when((steps > 0) | (lead(1) < 0))(walk)
 
-    def step(i, state):
-        store(i + 1, state)
-        if config.skipping:  # nothing gets through the part ahead then, of what may not even be a number
-            state = only_if(r.leads[r.b, i + 1] >= 0, lambda _: zeros(), state)
-        plgpu.barrier_wait(ring.full(r, i))
-        slot = ring.place(i)
-        maps = [r.maps_s.at[slot, pl.ds(part * config.key_dim, config.key_dim)] for part in range(config.terms)]
-        maps = [x.T for x in maps] if config.backward else maps
-        end = plgpu.load(r.ends_s.at[slot], layout=TILE)
+
+def _advanced(config, r, i, behind, state):
+    """The state behind part i + 1. behind: its lead; below -1 nothing of the state gets through the part."""
+    staged = None if r.state_stage is None else r.state_stage.at[0]
+    plgpu.barrier_wait(config.ring.full(r, i))
+    slot = config.ring.place(i)
+    end = plgpu.load(r.ends_s.at[slot], layout=TILE)
+    maps = [r.maps_s.at[slot, pl.ds(part * config.key_dim, config.key_dim)] for part in range(config.terms)]
+    maps = [x.T for x in maps] if config.backward else maps
+
+    def through(state):
         if config.terms == 1:
             # added up outside of the tensor cores, which truncate what is small beside the sum
-            state = state + (end - matmul(state.astype(config.dtype), maps[0], state.shape, staged=staged))
-        else:
-            high, low = split(state)
-            state = matmul([high, high, low], [maps[0], maps[1], maps[0]], state.shape, init=end, staged=staged)
-        plgpu.commit_smem()  # what read the place is done before the copy, which is another proxy, writes it
-        pl.when(i + ring.slots < steps)(lambda: load(i + ring.slots))
-        return state
+            return state + (end - matmul(state.astype(config.dtype), maps[0], state.shape, staged=staged))
+        high, low = split(state)
+        return matmul([high, high, low], [maps[0], maps[1], maps[0]], state.shape, init=end, staged=staged)
 
-    store(steps + 1 + r.first, lax.fori_loop(0, steps, step, state))
+    state = lax.cond(behind == -1, through, lambda _: end, state) if config.skipping else through(state)
+    plgpu.commit_smem()  # what read the place is done before the copy, which is another proxy, writes it
+    return state

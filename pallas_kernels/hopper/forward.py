@@ -137,7 +137,8 @@ def forward(key, query, value, vectors, documents, starts, *, scale, tied, save,
         q_s=smem((queries.slots, CHUNK, key_dim), dtype),
         v_s=smem((values.slots, writers, *SQUARE), dtype),
         solve_s=smem((products.slots * (1 + mixing), *SQUARE), dtype),
-        last_s=plgpu.SMEM((products.slots, CHUNK), dtype) if mixing else None,  # 1 for tokens of the last document
+        # 1 for tokens of the document that the chunk ends with; throughout, and of each chunk in which one begins
+        last_s=plgpu.SMEM((1 + products.slots, CHUNK), dtype) if mixing else None,
         scores_s=smem((products.slots, *SQUARE), dtype),
         erase_s=plgpu.SMEM((products.slots, CHUNK), F32),
         stage_s=smem((writers, key_dim // 64 if save or decayed else 1, *SQUARE), dtype),  # the state, then the output
@@ -212,7 +213,8 @@ def _state(config, r, w):
             late = left_over
             if mixing:
                 state = state * jnp.where(crossed(r, slot), 0.0, 1.0)
-                late = late * per_column(plgpu.load(r.last_s.at[products.place(n)], layout=COLS), SQUARE)
+                last_s = r.last_s.at[jnp.where(crossed(r, slot), 1 + products.place(n), 0)]
+                late = late * per_column(plgpu.load(last_s, layout=COLS), SQUARE)
             return matmul(late, k_s, shape, init=state, staged=staged)
 
         if config.staged:  # the state before is still in the stage

@@ -75,6 +75,8 @@ def _begin(config, r):
     write_numbers(r)
     if r.causal_s is not None:
         r.causal_s[...] = jnp.where(iota(0) >= iota(1), 1.0, 0.0).astype(config.dtype)
+    if config.mixing:
+        r.last_s.at[r.first][...] = plgpu.layout_cast(jnp.ones((CHUNK,), config.dtype), ROWS)
     plgpu.commit_smem()
     loads = _loads(config, r)
     _, count = chunks_of(config, r)
@@ -176,11 +178,11 @@ def _write_scores(config, r, n):
 def _part_documents(config, r, n):
     """What the state warpgroups need to know of documents that begin in chunk n."""
     slot, made = config.keys.place(n), config.products.place(n)
-    last = plgpu.load(r.documents_r.at[slot], layout=ROWS) == r.documents_c[slot, CHUNK - 1]
-    r.last_s.at[made][...] = jnp.where(last, 1.0, 0.0).astype(config.dtype)
 
     @pl.when(crossed(r, slot))
     def _():
+        last = plgpu.load(r.documents_r.at[slot], layout=ROWS) == r.documents_c[slot, CHUNK - 1]
+        r.last_s.at[1 + made][...] = jnp.where(last, 1.0, 0.0).astype(config.dtype)
         solve = plgpu.load(r.solve_s.at[made], layout=TILE)
         r.solve_s.at[made + config.products.slots][...] = unseen_removed(r, slot, solve, "columns")
         for part in range(config.key_dim // 64):

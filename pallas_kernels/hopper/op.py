@@ -134,7 +134,7 @@ def _by_documents(query, key, value, vectors, documents, initial, options, exact
     leads = _leads(documents, share, chunks, initial is not None)
     kind = dict(tied=options["tied"], leads=leads)
     made = prepare(key, vectors, documents, value.dtype, chunks=parts.bounds[-1], save=False, exact=exact, **kind)
-    rest = {name: x[:, :1] for name, x in vectors.items() if name != "gain"}  # the same for all heads
+    rest = {name: x.reshape(batch, 1, -1).astype(jnp.float32) for name, x in _first_and_last(documents).items()}
     if not options["tied"]:  # else the inverse has it
         rest |= dict(erase=made.get("erase", gain["gain"]))
     summed = summaries(key, value, made["solve"], rest, initial, parts=parts, **kind)
@@ -306,7 +306,7 @@ def _vectors(gain, log_decay, begins):
     if begins is not None:
         begun = _chunked(begins)  # padding belongs to the last document
         documents = jnp.sum(jnp.where(_reach(None)[:, 0], begun[..., None, :], False), -1, dtype=jnp.int32)
-        first, last = (documents == 0)[:, None], (documents == documents[..., -1:])[:, None]
+        first, last = (x[:, None] for x in _first_and_last(documents).values())
         ones = jnp.ones_like(gain)
         vectors |= dict(left=jnp.where(first, ones, 0), right=jnp.where(last, ones, 0))
     if log_decay is not None:
@@ -318,6 +318,13 @@ def _vectors(gain, log_decay, begins):
         )
     flat = lambda x: x.reshape(*x.shape[:-2], -1)
     return {name: flat(x) for name, x in vectors.items()}, None if documents is None else flat(documents)
+
+
+def _first_and_last(documents):
+    """[B, N, C] or [B, N·64] -> [B, N, C] bool, the tokens of the document that the chunk before ended with, and of the
+    chunk's last one."""
+    documents = documents.reshape(documents.shape[0], -1, CHUNK)
+    return dict(left=documents == 0, right=documents == documents[..., -1:])
 
 
 def _log_decay_gradient(out, documents):

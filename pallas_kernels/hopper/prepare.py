@@ -89,7 +89,7 @@ def prepare(key, vectors, documents, dtype, *, chunks, tied, save, exact=False, 
     shares, blocks = max(1, min(PROCESSORS // (batch * heads), pl.cdiv(chunks, count))), 1
     if leads is not None:
         shares = leads.shape[1] - 1
-        blocks = max(1, chunks // (2 * count * shares))  # more than the card runs at a time: many have nothing to do
+        blocks = max(1, chunks // (4 * count * shares))  # more than the card runs at a time: many have nothing to do
     config = SimpleNamespace(
         chunks=chunks, share=pl.cdiv(chunks, shares), group=heads // key.shape[2], count=count, dtype=dtype, tied=tied,
         save=save, folded=folded, exact=exact, both=both, masked=masked, decayed=decayed, summed=summed,
@@ -106,7 +106,7 @@ def _chunks(config, r, i):
     share = lax.div(r.c, jnp.int32(config.blocks))
     first, end = share * config.share, jnp.minimum((share + 1) * config.share, config.chunks)
     if config.skipping:
-        first = jnp.minimum(first + skipped(r, share, config.share), end)
+        first = jnp.minimum(first + skipped(r.leads[r.b, share + 1], config.share), end)
     first = first + lax.rem(r.c, jnp.int32(config.blocks)) * config.count + i
 
     @pl.when(i == 0)

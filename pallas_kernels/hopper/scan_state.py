@@ -50,9 +50,8 @@ def state_warpgroup(config, r, w):
     plgpu.wait_smem_to_gmem(0)
 
 
-def skipped(r, part, chunks):
-    """How many of the first of a part's chunks are not looked at, of those of which `summaries` wants some or none."""
-    lead = r.leads[r.b, part + 1]
+def skipped(lead, chunks):
+    """How many of a part's first chunks are not looked at, by the lead of what is behind it (see `summaries`)."""
     return jnp.where(lead < 0, -1 - lead, chunks)
 
 

@@ -47,8 +47,8 @@ def summaries(key, value, solve, vectors, initial, *, tied, parts, leads=None):
             [B, 1, N·64], the same for all heads.
         initial: [B, H, V, K] float32 or None for zeros.
         parts: `pieces.Parts`.
-        leads: [B, P + 1] int32 or None. What is behind a part has -1 - n: the part is looked at from its chunk n on; or
-            n ≥ 0: it is not, and nothing is left of it.
+        leads: [B, P + 1] int32 or None. What is behind a part has -1 - n: the part is looked at from its chunk n on, in
+            which a document begins if n > 0; or n ≥ 0: it is not, and nothing is left of it.
 
     Returns:
         ends [B, H, P, V, K] float32, Eᵀ; maps as `chain` takes them, all but the first.
@@ -110,9 +110,21 @@ def _walk(config, r):
     for n in range(2):
         first, end = lookup(bounds, part + n), lookup(bounds, part + jnp.minimum(n + 1, parts))
         if config.skipping:
-            first = first + skipped(r, jnp.minimum(part + n, len(bounds) - 2), end - first)
+            first = first + skipped(_lead(config, r, part + n), end - first)
+            if config.of_maps:  # of blocks of their own. No map: none of its chunks
+                first = jnp.where(_no_map(config, r, part + n), end, first)
         spans.append((first, jnp.maximum(end - first, 0)))
     return part, parts, spans
+
+
+def _lead(config, r, part):
+    """Of what is behind a part, as `summaries` takes it; for the part behind a block's last one too."""
+    return r.leads[r.b, jnp.minimum(part, len(config.parts.bounds) - 2) + 1] if config.skipping else jnp.int32(-1)
+
+
+def _no_map(config, r, part):
+    """Whether the block has a map to make, and a document begins in the part, which leaves zeros of what was before."""
+    return (r.c >= config.walks * config.of_values) & (_lead(config, r, part) < -1)
 
 
 def _state(config, r, w):
@@ -125,10 +137,11 @@ def _state(config, r, w):
         step = lambda i, state: follow(config, r, w, i, None, None, state)
         first, count = n * before, jnp.where(n == 0, before, behind)
         state = lax.fori_loop(first, first + count, step, _start(config, r, part + n, group))
-        pl.when(count > 0 if config.skipping else True)(lambda: _leave(config, r, part + n, group, state))
+        pl.when(_lead(config, r, part + n) < 0)(lambda: _leave(config, r, part + n, group, state))
         return carry
 
-    lax.fori_loop(0, parts, sum_up, None)
+    looked_at = _lead(config, r, part) < 0
+    pl.when(looked_at | (parts > 1))(lambda: lax.fori_loop(0, parts, sum_up, None))
 
 
 def _start(config, r, part, group):
@@ -136,7 +149,8 @@ def _start(config, r, part, group):
     shape = 64, config.key_dim
     number = lambda axis: plgpu.broadcasted_iota(jnp.int32, shape, axis, layout=TILE)
     if config.decayed:
-        state = jnp.where(number(1) == number(0) + (group - config.value_groups) * 64, 1.0, 0.0)
+        one = jnp.where(_no_map(config, r, part), 0.0, 1.0) if config.of_maps else 1.0
+        state = jnp.where(number(1) == number(0) + (group - config.value_groups) * 64, one, 0.0)
     else:
         state = plgpu.layout_cast(jnp.zeros(shape, F32), TILE)
     if config.given:
