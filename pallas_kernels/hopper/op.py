@@ -11,7 +11,7 @@ from pallas_kernels.hopper import decode, few_heads, pieces
 from pallas_kernels.hopper.backward import backward as backward_kernel
 from pallas_kernels.hopper.chain import chain, chain_back
 from pallas_kernels.hopper.forward import forward as forward_kernel
-from pallas_kernels.hopper.mosaic import CHUNK
+from pallas_kernels.hopper.mosaic import CHUNK, PROCESSORS
 from pallas_kernels.hopper.prepare import prepare
 from pallas_kernels.hopper.reverse import reverse
 from pallas_kernels.hopper.scan import scan
@@ -94,8 +94,11 @@ def _by_scan(query, key, value, vectors, documents, initial, plan, options, exac
     in its place the kernel of few heads, which makes the inverse itself, so that only what is summed up needs it
     before."""
     tied, save = options["tied"], options["save"]
+    rows = value.shape[0] * value.shape[2]
     chunks, (key_dim, value_dim) = -(-key.shape[1] // CHUNK), (key.shape[-1], value.shape[-1])
-    parts = pieces.parts(plan.backward, chunks, even=not save and documents is None and key_dim == value_dim)
+    even = not save and documents is None and key_dim == value_dim
+    twice = key_dim == LARGEST and 2 * rows * -(-chunks // plan.backward) <= PROCESSORS
+    parts = pieces.parts(plan.backward, chunks, even=even, twice=twice)
     prepared = parts.bounds[-1] if apart else chunks
     made = prepare(key, vectors, documents, value.dtype, chunks=prepared, tied=tied, save=save, exact=exact)
     solve = made.pop("solve")
@@ -105,7 +108,7 @@ def _by_scan(query, key, value, vectors, documents, initial, plan, options, exac
         vectors |= dict(erase=made.get("erase", gain))
     starts, maps = None if initial is None else initial[:, :, None], None
     if parts.bounds[-1]:
-        leads, _ = _borders(documents, parts.bounds)
+        leads = None if documents is None else _borders(documents, parts.bounds)[0]
         summed = summaries(key, value, solve, vectors, initial, tied=tied, parts=parts, leads=leads)
         maps = summed["maps"]
         wanted = [n for n, chunk in enumerate(parts.bounds) if chunk % plan.forward == 0]
@@ -173,7 +176,8 @@ def backward(
     behind = None if d_final is None else d_final[:, :, None]
     if share * CHUNK < length:
         chunks = -(-length // CHUNK)
-        _, stops = _borders(documents, (*range(0, chunks, share), chunks))
+        bounds = *range(0, chunks, share), chunks
+        stops = None if documents is None else _borders(documents, bounds)[1]
         ends = reverse(*tokens, saved["inverse"], vectors, documents, stops, d_final, scale=scale, share=share)
         behind = _behind(d_final, saved.get("maps"), ends)
     options = dict(scale=scale, tied=tied, exact=exact, share=share)
@@ -202,9 +206,7 @@ def _backward_vectors(vectors, saved, exact):
 
 def _borders(documents, bounds):
     """For P parts, of bounds[p] to bounds[p + 1] chunks: [B, P + 1] int32, leads as `summaries` takes them, to look at
-    all parts; [B, P], chunks of each up to the first in which a document begins, or all. Else None, None."""
-    if documents is None:
-        return None, None
+    all parts; and [B, P], chunks of each up to the first in which a document begins, or all."""
     begins = documents[:, None, CHUNK - 1 :: CHUNK] > 0
     first, end = (jnp.array(x, jnp.int32)[None, :, None] for x in (bounds[:-1], bounds[1:]))
     chunk = jnp.arange(begins.shape[2], dtype=jnp.int32)[None, None]

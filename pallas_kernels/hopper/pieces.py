@@ -34,25 +34,45 @@ class Parts(NamedTuple):
     """What is summed up of a row.
 
     bounds: the first chunk of every part, and behind them the first one that is not summed up.
-    walks: the first part of each run of one or two parts that a block of threads walks, and behind them the number of
-    parts.
+    walks: the first part of each run of one or two parts that a block of threads walks, and behind them the first part
+    that is in none.
+    twice: whether the last part is in none, but has a block for its values and its map, one after the other.
     """
 
     bounds: tuple[int, ...]
     walks: tuple[int, ...]
+    twice: bool = False
 
 
-def parts(share: int, chunks: int, *, even: bool) -> Parts:
-    """All pieces of `share` chunks but the last, which nothing follows. even: as many runs as there are pieces, that
-    one included, so that each is shorter than a piece; where it is by more than the chain, which gets longer, takes.
-    Not for documents: of a part only what follows the last beginning of one is walked, and the fewer parts the less."""
+def parts(share: int, chunks: int, *, even: bool, twice: bool = False) -> Parts:
+    """All pieces of `share` chunks but the last, which nothing follows.
+
+    even: as many runs as there are pieces, that one included, so that each is shorter than a piece; where it is by more
+        than the chain, which gets longer, takes. Not for documents: of a part only what follows the last beginning of
+        one is walked, and the fewer parts the less.
+    twice: and half a run besides, for one more block, so that all of them walk as much.
+    """
     count = -(-chunks // share) - 1
     end = count * share
     if not count:
         return Parts((0,), (0,))
-    walk = -(-end // (count + 1)) if even and share >= (count + 1) ** 2 else share
-    bounds = sorted({*range(0, end, share), *range(0, end, walk), end})
-    return Parts(tuple(bounds), (*(bounds.index(first) for first in range(0, end, walk)), len(bounds) - 1))
+    if not (even and share >= (count + 1) ** 2):
+        firsts = range(0, end, share)
+    elif not twice:
+        firsts = range(0, end, -(-end // (count + 1)))
+    else:
+        walk = -(-2 * end // (2 * count + 3))
+        firsts = [_snapped(n * walk, share) for n in range(count + 2)]
+    bounds = sorted({*range(0, end, share), *firsts, end})
+    walks = [bounds.index(first) for first in firsts]
+    twice = len(firsts) == count + 2
+    return Parts(tuple(bounds), (*walks,) if twice else (*walks, len(bounds) - 1), twice)
+
+
+def _snapped(chunk: int, share: int) -> int:
+    """The bound of pieces next to the chunk if it is near, so that no part is tiny."""
+    nearest = round(chunk / share) * share
+    return nearest if abs(chunk - nearest) <= share // 16 else chunk
 
 
 def plan(direction: str, heads: int, length: int, key_dim: int, value_dim: int) -> Plan:

@@ -3,7 +3,7 @@
 Over a part the state goes through an affine map, S ↦ M S + E: E is what the scan leaves of a zero state, I - M what it
 leaves of a zero state and the keys as values. So both are walked alike, by state warpgroups as those of
 `pallas_kernels.hopper.scan`, of 64 columns each; a helper sends for what they read. A block of threads walks one part
-or two, one after the other, as `pieces.Parts` has them.
+or two, one after the other, or one part twice, as `pieces.Parts` has them.
 
 Where little is forgotten M is next to the identity, beside which a tensor core, which truncates, loses of what is.
 With decay, or documents, which must stay apart exactly, it is M itself that is walked, from the identity and without
@@ -84,10 +84,13 @@ def summaries(key, value, solve, vectors, initial, *, tied, parts, leads=None):
         parts=parts, walks=walks, of_values=of_values, of_maps=of_maps, group=heads // key_heads, key_dim=key_dim,
         value_groups=value_dim // 64, writers=writers, read=False, tied=tied, dtype=dtype, save=False, fed=False,
         shared=False, folded="erase" not in vectors, decayed=decayed, numbers=numbers, skipping=leads is not None,
-        given=initial is not None, keys=keys, values=values, solves=values,
+        given=initial is not None, twice=parts.twice, keys=keys, values=values, solves=values,
     )  # fmt: skip
     check_registers((writers, REGISTERS["state"]), (1, REGISTERS["helper"]))
-    grid = batch, heads, walks * of_values + (walks - 1) * of_maps  # the first part's map leads nowhere
+    blocks = walks * of_values + (walks - 1) * of_maps + parts.twice  # the first part's map leads nowhere
+    if parts.twice and not of_values == of_maps == 1:
+        raise ValueError(f"a part is walked twice only where K = V = 128; they are {key_dim} and {value_dim}")
+    grid = batch, heads, blocks
     return launch("efla_summaries", config, inputs, outputs, scratch, grid, (writers, _state), (1, _helper))
 
 
@@ -100,21 +103,32 @@ def _block(config, r):
     return walk, block * config.writers
 
 
+def _twice(config, r):
+    """Whether the block walks the last part, and that twice: first with its values, and then its map."""
+    return (r.c == config.walks * config.of_values + (config.walks - 1) * config.of_maps) if config.twice else False
+
+
 def _walk(config, r):
-    """Of the block's walk: its first part, how many parts, and of the two (first chunk to look at, how many)."""
-    bounds, walks = config.parts
-    walk, _ = _block(config, r)
+    """Of the block's walk: how many turns, and of the two (part, first 64 columns, first chunk looked at, how many)."""
+    bounds, walks, _ = config.parts
+    walk, group = _block(config, r)
     part = lookup(walks, walk)
-    parts = lookup(walks[1:], walk) - part
-    spans = []
+    turns = lookup(walks[1:], walk) - part
+    ahead, groups = jnp.int32(1), jnp.int32(0)  # from the first turn to the second
+    if config.twice:
+        twice = _twice(config, r)
+        part, turns, group = (jnp.where(twice, x, y) for x, y in ((len(bounds) - 2, part), (2, turns), (0, group)))
+        ahead, groups = jnp.where(twice, 0, 1), jnp.where(twice, config.value_groups, 0)
+    found = []
     for n in range(2):
-        first, end = lookup(bounds, part + n), lookup(bounds, part + jnp.minimum(n + 1, parts))
+        here = part + n * ahead
+        first, end = lookup(bounds, here), lookup(bounds, here + jnp.where(turns > n, 1, 0))
         if config.skipping:
-            first = first + skipped(_lead(config, r, part + n), end - first)
+            first = first + skipped(_lead(config, r, here), end - first)
             if config.of_maps:  # of blocks of their own. No map: none of its chunks
-                first = jnp.where(_no_map(config, r, part + n), end, first)
-        spans.append((first, jnp.maximum(end - first, 0)))
-    return part, parts, spans
+                first = jnp.where(_no_map(config, r, here), end, first)
+        found.append((here, group + n * groups, first, jnp.maximum(end - first, 0)))
+    return turns, found
 
 
 def _lead(config, r, part):
@@ -130,18 +144,20 @@ def _no_map(config, r, part):
 def _state(config, r, w):
     """A state warpgroup: 64 columns of E or M, of one part after the other."""
     set_registers(REGISTERS["state"], config.writers + 1)
-    part, parts, ((_, before), (_, behind)) = _walk(config, r)
-    group = _block(config, r)[1] + w
+    turns, ((part, group, _, before), (next_part, next_group, _, behind)) = _walk(config, r)
 
     def sum_up(n, carry):
+        here, columns, count = (
+            jnp.where(n == 0, *pair) for pair in ((part, next_part), (group + w, next_group + w), (before, behind))
+        )
         step = lambda i, state: follow(config, r, w, i, None, None, state)
-        first, count = n * before, jnp.where(n == 0, before, behind)
-        state = lax.fori_loop(first, first + count, step, _start(config, r, part + n, group))
-        pl.when(_lead(config, r, part + n) < 0)(lambda: _leave(config, r, part + n, group, state))
+        first = n * before
+        state = lax.fori_loop(first, first + count, step, _start(config, r, here, columns))
+        pl.when(_lead(config, r, here) < 0)(lambda: _leave(config, r, here, columns, state))
         return carry
 
     looked_at = _lead(config, r, part) < 0
-    pl.when(looked_at | (parts > 1))(lambda: lax.fori_loop(0, parts, sum_up, None))
+    pl.when(looked_at | (turns > 1))(lambda: lax.fori_loop(0, turns, sum_up, None))
 
 
 def _start(config, r, part, group):
@@ -177,7 +193,7 @@ def _leave(config, r, part, group, state):
 def _helper(config, r, _):
     """Sends for what is read, in the order in which places get free."""
     set_registers(REGISTERS["helper"], config.writers + 1)
-    _, _, ((_, before), (_, behind)) = _walk(config, r)
+    _, ((*_, before), (*_, behind)) = _walk(config, r)
     count = before + behind
     loads = _loads(config, r)
     if config.decayed:
@@ -205,8 +221,7 @@ def _empty_values(config, r):
 def _loads(config, r):
     """(ring, function of i that sends for what of the i-th chunk goes through it), the first to get free first."""
     head = lax.div(r.h, config.group)
-    _, _, ((first, before), (second, _)) = _walk(config, r)
-    _, groups = _block(config, r)
+    _, ((_, group, first, before), (_, next_group, second, _)) = _walk(config, r)
     keys, values = config.keys, config.values
 
     def chunk(i):
@@ -225,18 +240,18 @@ def _loads(config, r):
             head_or_all = r.first if source.shape[1] == 1 else r.h
             plgpu.copy_gmem_to_smem(source.at[r.b, head_or_all, rows], target.at[slot], full)
         for w in range(config.writers):
-            target, group = r.v_s.at[slot, w], groups + w
+            target, columns = r.v_s.at[slot, w], w + jnp.where(i < before, group, next_group)
 
-            @pl.when(group < config.value_groups)
-            def _(target=target, group=group):
-                plgpu.copy_gmem_to_smem(r.value.at[r.b, rows, r.h, pl.ds(group * 64, 64)], target, full)
+            @pl.when(columns < config.value_groups)
+            def _(target=target, columns=columns):
+                plgpu.copy_gmem_to_smem(r.value.at[r.b, rows, r.h, pl.ds(columns * 64, 64)], target, full)
 
-            @pl.when(group >= config.value_groups)
-            def _(target=target, group=group):
+            @pl.when(columns >= config.value_groups)
+            def _(target=target, columns=columns):
                 if config.decayed:
                     plgpu.barrier_arrive(full)
                 else:
-                    source = r.key.at[r.b, rows, head, pl.ds((group - config.value_groups) * 64, 64)]
+                    source = r.key.at[r.b, rows, head, pl.ds((columns - config.value_groups) * 64, 64)]
                     plgpu.copy_gmem_to_smem(source, target, full)
 
     return (values, load_values), (keys, load_keys)

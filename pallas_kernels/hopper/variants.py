@@ -54,7 +54,9 @@ def _few_heads_variants(small) -> Iterator[Variant]:
 
 def _pieces_variants(small) -> Iterator[Variant]:
     """Rows in pieces: the inverse, summaries, their chain and the scan; the backward pass likewise."""
-    kinds = dict(exact=(True, False, False), tied=(True, True, False), untied=(False, True, True))
+    kinds = dict(
+        exact=(True, False, False), tied=(True, True, False), untied=(False, True, True), documents=(True, False, True)
+    )
     for (key_dim, value_dim), (kind, (tied, decay, documents)) in product(
         ((64, 64), (128, 128), (64, 128), (128, 64)), kinds.items()
     ):

@@ -1,28 +1,32 @@
 """Rows of documents, without decay and with nothing kept: the fused kernel, in pieces where heads are few."""
 
+import sys
 from functools import partial
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from efla_jax import efla_attention
+from efla_jax import delta_rule_attention, efla_attention
 from pallas_kernels.hopper import op, pieces
 from tests.pallas_kernels.hopper.helpers import counted, documents, rounded, too_far
 
 
-def _attend(inputs, ids, dtype=None, **options):
+def attend(inputs, ids, dtype=None, **options):
     """Output and state; of the float64 oracle on the CPU, where dtype says so."""
     arrays = inputs if dtype is None else {name: np.asarray(x, dtype) for name, x in inputs.items()}
+    call = delta_rule_attention if "erase" in inputs else efla_attention
     with jax.enable_x64(dtype is not None), jax.default_device(None if dtype is None else jax.devices("cpu")[0]):
-        found = jax.jit(partial(efla_attention, **options))(**arrays, segment_ids=ids)
+        found = jax.jit(partial(call, **options))(**arrays, segment_ids=ids)
         return {name: np.asarray(x) for name, x in zip(("output", "state"), found, strict=True)}
 
 
 def _assert_accurate(inputs, ids, **options):
-    want = _attend(inputs, ids, np.float64, implementation="scan", **options)
-    xla = _attend(inputs, ids, implementation="xla", **options)
-    found = too_far(_attend(inputs, ids, implementation="pallas_gpu", **options), want, xla)
+    want = attend(inputs, ids, np.float64, implementation="scan", **options)
+    half = inputs["key"].dtype == jnp.float16
+    xla = None if half else attend(inputs, ids, implementation="xla", **options)
+    found = too_far(attend(inputs, ids, implementation="pallas_gpu", **options), want, xla)
     assert not found, f"errors and their bounds: {found}"
 
 
@@ -38,11 +42,18 @@ STARTS = {
     "through the first only": (256, 270),
     "none": (),
 }
+SOON = "two documents in a chunk", "through a piece from within a chunk"
 
 
 @pytest.mark.usefixtures("interpreted")
-@pytest.mark.parametrize("lead", [2, 0])
-@pytest.mark.parametrize("starts", STARTS.values(), ids=STARTS.keys())
+@pytest.mark.parametrize(
+    ("starts", "lead"),
+    [
+        pytest.param(starts, lead, id=f"{name}, {lead}", marks=() if name in SOON else pytest.mark.slow)
+        for name, starts in STARTS.items()
+        for lead in (2, 0)
+    ],
+)
 def test_in_pieces(monkeypatch, starts, lead):
     """lead: chunks before a piece that it may be walked from; else they are summed up."""
     monkeypatch.setattr(pieces, "SHORTEST", 1)
@@ -51,6 +62,35 @@ def test_in_pieces(monkeypatch, starts, lead):
     inputs, _ = rounded(batch=1, length=488)
     assert pieces.fill(1, 488) == 4
     _assert_accurate(inputs, documents(starts, 1, 488), scale=0.5)
+
+
+WIDE = dict(batch=2, heads=2, key_heads=1, key_dim=128, value_dim=128)
+
+
+@pytest.mark.usefixtures("interpreted")
+@pytest.mark.parametrize(
+    ("sizes", "processors", "kind"),
+    [
+        pytest.param(dict(batch=1), 2, "untied", id="untied"),
+        pytest.param(dict(batch=1, dtype=jnp.float16), 2, "stateless", id="no state, float16", marks=pytest.mark.slow),
+        pytest.param(WIDE, 8, "given", id="two columns in a block, two pieces", marks=pytest.mark.slow),
+        pytest.param(WIDE, 4, "given", id="two columns in a block"),
+        pytest.param(dict(batch=1, key_dim=128, value_dim=128), 2, "given", id="columns apart", marks=pytest.mark.slow),
+    ],
+)
+def test_kinds(monkeypatch, sizes, processors, kind):
+    """What the kernel is compiled for; two pieces, or whole rows."""
+    monkeypatch.setattr(pieces, "SHORTEST", 1)
+    monkeypatch.setattr(pieces, "PROCESSORS", processors)
+    apart = kind == "given" and sizes["batch"] == 1
+    monkeypatch.setattr(sys.modules["pallas_kernels.hopper.forward"], "PROCESSORS", 2 * processors * apart)
+    inputs, _ = rounded(**dict(length=266) | sizes)
+    if kind == "untied":
+        beta = inputs.pop("beta")
+        inputs |= dict(erase=beta, write=0.7 * beta)
+    if kind == "stateless":
+        inputs.pop("initial_state")
+    _assert_accurate(inputs, documents((40, 150, 151, 200), sizes["batch"], 266))
 
 
 @pytest.mark.parametrize(

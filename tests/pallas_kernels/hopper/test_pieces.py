@@ -90,6 +90,20 @@ def test_parts(share, chunks, even, want):
     assert pieces.parts(share, chunks, even=even) == want
 
 
+@pytest.mark.parametrize(
+    ("share", "chunks", "want"),
+    [
+        (256, 1024, Parts((0, 171, 256, 342, 512, 684, 768), (0, 1, 3, 4, 5), True)),
+        (64, 128, Parts((0, 26, 52, 64), (0, 1, 2), True)),
+        (15, 60, Parts((0, 15, 30, 45), (0, 1, 2, 3))),
+        (64, 64, Parts((0,), (0,))),
+    ],
+)
+def test_parts_of_which_one_is_walked_twice(share, chunks, want):
+    """The last part, half as long as the runs before it."""
+    assert pieces.parts(share, chunks, even=True, twice=True) == want
+
+
 def _sums(count, size, form):
     """Maps (transposed, of norm about 1), Eᵀ, a state, the first two as `chain` takes them, and the error of one step
     of the chain relative to what it is made of."""
@@ -172,24 +186,31 @@ def test_op_in_pieces(monkeypatch, sizes, starts):
 
 
 @pytest.mark.usefixtures("interpreted")
-@pytest.mark.parametrize(("dim", "starts"), [(64, None), (128, None), (64, (150, 200))])
-def test_walks(dim, starts):
-    """A block that walks two parts makes of each what two blocks make: the runs of one division, and of another."""
+@pytest.mark.parametrize(
+    ("dim", "starts", "other"),
+    [
+        (64, None, Parts((0, 1, 2, 4), (0, 1, 3))),
+        (128, None, Parts((0, 1, 2, 4), (0, 1, 3))),
+        (128, None, Parts((0, 1, 2, 4), (0, 1, 2), True)),
+        (64, (150, 200), Parts((0, 1, 2, 4), (0, 1, 3))),
+    ],
+)
+def test_walks(dim, starts, other):
+    """A block that walks two parts, or one twice, makes of each what two blocks make."""
     inputs, _ = rounded(batch=1, length=320, key_dim=dim, value_dim=dim)
     begins = None if starts is None else segment_starts(jnp.asarray(documents(starts, 1, 320)))
     vectors, ids = op._vectors(inputs["beta"], None, begins)
     made = prepare(inputs["key"], vectors, ids, jnp.bfloat16, chunks=4, tied=True, save=False, exact=True)
     vectors.pop("gain")
     initial = jnp.swapaxes(inputs["initial_state"], 2, 3)
-    bounds = 0, 1, 2, 4
-    leads, _ = op._borders(ids, bounds)
+    leads = None if ids is None else op._borders(ids, other.bounds)[0]
     arrays = inputs["key"], inputs["value"], made["solve"], vectors, initial
-    alone, first = (
-        summaries(*arrays, tied=True, parts=Parts(bounds, walks), leads=leads) for walks in [(0, 1, 2, 3), (0, 1, 3)]
+    alone, together = (
+        summaries(*arrays, tied=True, parts=parts, leads=leads) for parts in (Parts(other.bounds, (0, 1, 2, 3)), other)
     )
-    np.testing.assert_array_equal(alone["ends"], first["ends"])
-    np.testing.assert_array_equal(alone["maps"][:, :, 1:], first["maps"][:, :, 1:])
-    assert float(jnp.abs(first["maps"][:, :, 1:]).max()) > (0.1 if starts is None else 0)
+    np.testing.assert_array_equal(alone["ends"], together["ends"])
+    np.testing.assert_array_equal(alone["maps"][:, :, 1:], together["maps"][:, :, 1:])
+    assert float(jnp.abs(together["maps"][:, :, 1:]).max()) > (0.1 if starts is None else 0)
 
 
 @pytest.mark.usefixtures("interpreted")

@@ -19,6 +19,7 @@ from pallas_kernels.hopper import pieces
 from tests.ops import helpers
 from tests.ops.helpers import evaluate
 from tests.pallas_kernels.hopper.helpers import documents, rounded, too_far
+from tests.pallas_kernels.hopper.test_documents import attend
 
 pytestmark = pytest.mark.cpu("what the interpreter finds")
 
@@ -139,6 +140,61 @@ WRONG = {
 def test_wrong_number(races, plant, name, old, new):
     plant(name, old, new)
     assert too_far(*results())
+
+
+# Of documents without decay: what the helpers take from the tiles, and what the state warpgroups forget.
+WRONG_OF_DOCUMENTS = {
+    "queries of the next document": ("forward_helper", r"unseen_removed\(r, slot, (.*), \"rows\"\)", r"\1"),
+    "a state kept": ("forward", r"jnp\.where\(crossed\(r, slot\), 0\.0, 1\.0\)", "1.0"),
+    "pairs of two documents": ("masks", r"jnp\.where\(_one_document\(r, slot\), tile, 0\.0\)", "tile"),
+    "what the next document's keys recall": (
+        "forward_helper",
+        r"unseen_removed\(r, slot, solve, \"columns\"\)",
+        "solve",
+    ),
+    "updates of the document before": (
+        "forward_helper",
+        r"jnp\.where\(last, 1\.0, 0\.0\)",
+        "jnp.where(last, 1.0, 1.0)",
+    ),
+    "a walk begun too late": ("forward_helper", r"return first - lead, count \+ lead", "return first, count"),
+    "another part's map": ("summaries", r"return r\.leads\[r\.b, (.*) \+ 1\]", r"return r.leads[r.b, \1]"),
+}
+
+
+def results_of_documents():
+    """Of a row in four pieces, a piece walked from before, and one from a state that is summed up."""
+    inputs, _ = rounded(batch=1, length=488)
+    ids = documents((75, 100, 170, 440), 1, 488)
+    kernels, xla = (attend(inputs, ids, implementation=name) for name in ("pallas_gpu", "xla"))
+    return kernels, attend(inputs, ids, np.float64, implementation="scan"), xla
+
+
+def in_four_pieces(monkeypatch):
+    monkeypatch.setattr(pieces, "SHORTEST", 1)
+    monkeypatch.setattr(pieces, "PROCESSORS", 4)
+    monkeypatch.setattr(pieces, "LEAD", 1)
+
+
+@pytest.mark.parametrize(
+    ("name", "old", "new"),
+    [
+        pytest.param(*bug, id=name, marks=() if n < 2 else pytest.mark.slow)
+        for n, (name, bug) in enumerate(WRONG_OF_DOCUMENTS.items())
+    ],
+)
+def test_wrong_number_of_documents(races, plant, monkeypatch, name, old, new):
+    in_four_pieces(monkeypatch)
+    plant(name, old, new)
+    assert too_far(*results_of_documents())
+
+
+@pytest.mark.slow
+def test_output_of_another_piece(races, plant, monkeypatch):
+    """What a piece makes of the chunks before it, the piece before writes too."""
+    in_four_pieces(monkeypatch)
+    plant("forward", r"n >= r\.lead if mixing else None", "None")
+    assert found(races, results_of_documents)
 
 
 def test_nothing_planted(interpreted, plant):
