@@ -61,7 +61,7 @@ from pallas_kernels.hopper.mosaic import (
 from pallas_kernels.hopper.scan_state import in_piece
 
 
-def _crew(writers, key_dim, save, decayed, tied):
+def _crew(writers, key_dim, save, decayed, tied, mixing):
     """(helpers, registers of a thread of state warpgroups, and of helpers); None for as many as a launch gives.
 
     As many helpers as shared memory and registers hold. A launch gives 168 to each of three warpgroups, 128 of four.
@@ -69,6 +69,8 @@ def _crew(writers, key_dim, save, decayed, tied):
     if writers == 1:
         if save or decayed:
             return (2, 176, 160) if key_dim == 128 and save and (decayed or not tied) else (2, None, None)
+        if mixing and key_dim == 128:  # two inverses of a chunk
+            return 2, None, None
         return (3, 176, 112) if key_dim == 128 else (3, None, None)
     if key_dim == 64:
         return 2, None, None
@@ -106,9 +108,10 @@ def forward(key, query, value, vectors, documents, starts, *, scale, tied, save,
     pieces = pl.cdiv(chunks, share)
     splits = value_dim // 64 if batch * heads * pieces * (value_dim // 64) <= PROCESSORS else 1
     writers = value_dim // 64 // splits
-    helpers, state_registers, helper_registers = _crew(writers, key_dim, save, "left" in vectors, tied)
+    decayed, masked = "left" in vectors, documents is not None
+    summed, mixing = "sums" in vectors, masked and not decayed
+    helpers, state_registers, helper_registers = _crew(writers, key_dim, save, decayed, tied, mixing)
     dtype = value.dtype
-    masked = documents is not None
     inputs = dict(query=query, key=key, value=value, **{f"{name}_v": x for name, x in vectors.items()})
     inputs |= {name: x for name, x in dict(documents=documents, starts=starts, leads=leads).items() if x is not None}
     outputs = dict(
@@ -124,9 +127,6 @@ def forward(key, query, value, vectors, documents, starts, *, scale, tied, save,
     if save and exact:
         per_token = jax.ShapeDtypeStruct((batch, heads, chunks * CHUNK), F32)
         outputs |= dict(erase=per_token, square=per_token)
-    decayed = "left" in vectors
-    summed = "sums" in vectors
-    mixing = masked and not decayed
     keys = Ring.of("keys", helpers + 2, helpers)  # one in the state warpgroups, one in each helper, one on its way
     queries, values = Ring.of("queries", 2, helpers), Ring.of("values", 2, helpers)
     products = Ring.of("products", max(helpers, 2), helpers)

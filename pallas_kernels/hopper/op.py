@@ -97,7 +97,7 @@ def _by_scan(query, key, value, vectors, documents, initial, plan, options, exac
     rows = value.shape[0] * value.shape[2]
     chunks, (key_dim, value_dim) = -(-key.shape[1] // CHUNK), (key.shape[-1], value.shape[-1])
     even = not save and documents is None and key_dim == value_dim
-    twice = key_dim == LARGEST and 2 * rows * -(-chunks // plan.backward) <= PROCESSORS
+    twice = key_dim == LARGEST and "left" not in vectors and 2 * rows * -(-chunks // plan.backward) <= PROCESSORS
     parts = pieces.parts(plan.backward, chunks, even=even, twice=twice)
     prepared = parts.bounds[-1] if apart else chunks
     made = prepare(key, vectors, documents, value.dtype, chunks=prepared, tied=tied, save=save, exact=exact)

@@ -88,8 +88,8 @@ def summaries(key, value, solve, vectors, initial, *, tied, parts, leads=None):
     )  # fmt: skip
     check_registers((writers, REGISTERS["state"]), (1, REGISTERS["helper"]))
     blocks = walks * of_values + (walks - 1) * of_maps + parts.twice  # the first part's map leads nowhere
-    if parts.twice and not of_values == of_maps == 1:
-        raise ValueError(f"a part is walked twice only where K = V = 128; they are {key_dim} and {value_dim}")
+    if parts.twice and (decayed or not of_values == of_maps == 1):
+        raise ValueError("a part is walked twice where K = V = 128, and nothing decays: else maps have no values")
     grid = batch, heads, blocks
     return launch("efla_summaries", config, inputs, outputs, scratch, grid, (writers, _state), (1, _helper))
 

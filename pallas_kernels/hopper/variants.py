@@ -31,6 +31,7 @@ def variants(**small: int) -> Iterator[Variant]:
         if tied and not decay:
             yield from _both_ways(f"{name}-exact", arrays, exact=True)
     yield from _few_heads_variants(small)
+    yield from _few_documents_variants(small)
     yield from _pieces_variants(small)
     yield from _decode_variants(small)
 
@@ -50,6 +51,14 @@ def _few_heads_variants(small) -> Iterator[Variant]:
             )
             apart = partial(forward, scale=1.0, save=False, exact=True, plan=plan)
             yield f"forward-{name}-apart-{count}", "forward", apart, arrays
+
+
+def _few_documents_variants(small) -> Iterator[Variant]:
+    """Documents without decay in rows too short for pieces: again a block of threads for each half of the columns."""
+    for key_dim, tied in product((64, 128), (True, False)):
+        arrays = _arrays(key_dim, 128, tied=tied, decay=False, documents=True, **small | dict(batch=3, length=330))
+        name = f"{key_dim}x128-few-documents" + "-tied" * tied
+        yield f"forward-{name}", "forward", partial(forward, scale=1.0, save=False), arrays
 
 
 def _pieces_variants(small) -> Iterator[Variant]:

@@ -1,5 +1,8 @@
 """Long rows of few heads: which kernels run, in how many pieces, the chain over them, and the op as without them."""
 
+from functools import partial
+
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -211,6 +214,16 @@ def test_walks(dim, starts, other):
     np.testing.assert_array_equal(alone["ends"], together["ends"])
     np.testing.assert_array_equal(alone["maps"][:, :, 1:], together["maps"][:, :, 1:])
     assert float(jnp.abs(together["maps"][:, :, 1:]).max()) > (0.1 if starts is None else 0)
+
+
+def test_no_part_is_walked_twice_with_decay():
+    """Its map would have the values of its first turn."""
+    shape = jax.ShapeDtypeStruct
+    keys, numbers = shape((1, 256, 1, 128), jnp.bfloat16), shape((1, 1, 256), jnp.float32)
+    solve = shape((1, 1, 4, 64, 64), jnp.bfloat16)
+    run = partial(summaries, initial=None, tied=True, parts=Parts((0, 1, 2, 4), (0, 1, 2), True))
+    with pytest.raises(ValueError, match="nothing decays"):
+        jax.eval_shape(run, keys, keys, solve, dict(left=numbers, right=numbers))
 
 
 @pytest.mark.usefixtures("interpreted")
