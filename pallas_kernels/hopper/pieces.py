@@ -57,16 +57,17 @@ def parts(share: int, chunks: int, *, even: bool, twice: bool = False) -> Parts:
     if not count:
         return Parts((0,), (0,))
     if not (even and share >= (count + 1) ** 2):
-        firsts = range(0, end, share)
-    elif not twice:
-        firsts = range(0, end, -(-end // (count + 1)))
+        firsts, twice = [*range(0, end, share)], False
     else:
         walk = -(-2 * end // (2 * count + 3))
-        firsts = [_snapped(n * walk, share) for n in range(count + 2)]
+        twice = twice and (count + 1) * walk < end
+        if twice:
+            firsts = [_snapped(n * walk, share) for n in range(count + 2)]
+        else:
+            firsts = [*range(0, end, -(-end // (count + 1)))]
     bounds = sorted({*range(0, end, share), *firsts, end})
-    walks = [bounds.index(first) for first in firsts]
-    twice = len(firsts) == count + 2
-    return Parts(tuple(bounds), (*walks,) if twice else (*walks, len(bounds) - 1), twice)
+    walks = [bounds.index(first) for first in (firsts if twice else [*firsts, end])]
+    return Parts(tuple(bounds), tuple(walks), twice)
 
 
 def _snapped(chunk: int, share: int) -> int:

@@ -28,7 +28,7 @@ CASES = [
     ),
     pytest.param(dict(length=40), dict(), True, 1, id="one chunk"),
     pytest.param(dict(length=700, key_dim=128), dict(), True, 1, id="eleven chunks", marks=pytest.mark.slow),
-    pytest.param(dict(length=460, key_dim=128), dict(), True, 2, id="in pieces"),  # of four chunks, summed up as two
+    pytest.param(dict(length=600, key_dim=128), dict(), True, 2, id="in pieces"),  # of five chunks, summed up as three
     pytest.param(
         dict(length=460, heads=2), dict(integrator="euler"), False, 4, id="in four pieces", marks=pytest.mark.slow
     ),

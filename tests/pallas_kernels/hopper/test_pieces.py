@@ -1,11 +1,14 @@
 """Long rows of few heads: which kernels run, in how many pieces, the chain over them, and the op as without them."""
 
 from functools import partial
+from itertools import pairwise
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from efla_jax.ops.scan import segment_starts
 from pallas_kernels.hopper import blocks, op, pieces
@@ -99,12 +102,32 @@ def test_parts(share, chunks, even, want):
         (256, 1024, Parts((0, 171, 256, 342, 512, 684, 768), (0, 1, 3, 4, 5), True)),
         (64, 128, Parts((0, 26, 52, 64), (0, 1, 2), True)),
         (15, 60, Parts((0, 15, 30, 45), (0, 1, 2, 3))),
+        (4, 8, Parts((0, 2, 4), (0, 1, 2))),  # nothing would be left for the second half
+        (5, 10, Parts((0, 2, 4, 5), (0, 1, 2), True)),
         (64, 64, Parts((0,), (0,))),
     ],
 )
 def test_parts_of_which_one_is_walked_twice(share, chunks, want):
     """The last part, half as long as the runs before it."""
     assert pieces.parts(share, chunks, even=True, twice=True) == want
+
+
+@given(st.integers(1, 300), st.integers(1, 6), st.integers(0, 299), st.booleans())
+def test_every_division(share, full, rest, twice):
+    """Parts cover all but the last piece and no part two pieces; a run is of one or two; none is longer for `twice`."""
+    chunks = full * share + rest % share
+    bounds, walks, is_twice = pieces.parts(share, chunks, even=True, twice=twice)
+    end = -(-chunks // share) * share - share
+    assert [*bounds] == sorted(set(bounds))
+    assert set(range(0, end + 1, share)) <= set(bounds)
+    assert bounds[-1] == end
+    assert walks[-1] == len(bounds) - 1 - is_twice
+    assert all(1 <= b - a <= 2 for a, b in pairwise(walks))
+    if is_twice:
+        regular = pieces.parts(share, chunks, even=True)
+        longest = lambda parts: max(parts.bounds[b] - parts.bounds[a] for a, b in pairwise(parts.walks))
+        ours = max(longest(Parts(bounds, walks)), 2 * (bounds[-1] - bounds[-2]))
+        assert ours <= longest(regular)
 
 
 def _sums(count, size, form):
