@@ -179,7 +179,7 @@ def in_four_pieces(monkeypatch):
 @pytest.mark.parametrize(
     ("name", "old", "new"),
     [
-        pytest.param(*bug, id=name, marks=() if n < 2 else pytest.mark.slow)
+        pytest.param(*bug, id=name, marks=pytest.mark.slow if n else ())
         for n, (name, bug) in enumerate(WRONG_OF_DOCUMENTS.items())
     ],
 )
