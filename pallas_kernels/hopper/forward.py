@@ -85,10 +85,10 @@ def forward(key, query, value, vectors, documents, starts, *, scale, tied, save,
     Args:
         query, key: [B, T, Hk, K], K 64 or 128, bfloat16 or float16.
         value: [B, T, H, V], V 64 or 128; multiplied by write if untied.
-        vectors: name -> [B, H, N·64] float32, 0 behind T. gain, which is erase or, if exact, beta; with decay also
-            left (a) and right (e), and sums, the log2 of the decay from the chunk's or document's start.
-        documents: [B, N·64] int32 or None; without decay counted anew from chunk to chunk, 0 is what the chunk before
-            ended with.
+        vectors: name -> [B, H, N·64] float32, 0 behind T. gain, which is erase or, if exact, beta; with decay, or
+            documents of which something is saved, also left (a) and right (e); with decay also sums, the log2 of the
+            decay from the chunk's or document's start.
+        documents: [B, N·64] int32 or None, counted anew from chunk to chunk: 0 is what the chunk before ended with.
         starts: [B, H, P, V, K] float32, the state before each piece, or None for zeros.
         exact: erase is (1 - e^{-βλ})/λ, made here from λ = ‖k‖², which the diagonal of K Kᵀ holds anyway.
         share: chunks of a piece, of which the last may have fewer; None for all, as it must be but for documents
