@@ -60,7 +60,7 @@ def _zeros(config):
     return plgpu.layout_cast(jnp.zeros((CHUNK, CHUNK), config.dtype), TILE)
 
 
-def no_inverse(config, r, slot, put, decay, midway):
+def no_inverse(config, r, slot, put, midway):
     midway()
     put("solve_s", _zeros(config))
 

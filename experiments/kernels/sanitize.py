@@ -28,7 +28,7 @@ _LIST = flags.DEFINE_bool("list", False, "print the names and stop")
 
 SMALL = dict(batch=67, length=130, heads=1)
 # The arguments of `forward`: in this order, None where a variant has none.
-_NAMES = ("query", "key", "value", "erase", "write", "log_decay", "initial_state", "documents")
+_NAMES = ("query", "key", "value", "erase", "write", "log_decay", "initial_state", "begins")
 
 
 def host_arrays(shapes: tuple, seed: int = 0) -> list[np.ndarray | None]:
@@ -39,8 +39,9 @@ def host_arrays(shapes: tuple, seed: int = 0) -> list[np.ndarray | None]:
     def make(name, like):
         if like is None:
             return None
-        if name == "documents":
-            return np.broadcast_to(np.arange(like.shape[1]) // 50, like.shape).astype(like.dtype)
+        if name == "begins":
+            token = np.arange(like.shape[1])
+            return np.broadcast_to((token > 0) & (token % 50 == 0), like.shape)
         if name in ("erase", "write", "log_decay"):
             return (rng.uniform(size=like.shape) * (-0.3 if name == "log_decay" else 1)).astype(like.dtype)
         scale = like.shape[-1] ** -0.5 if name in ("query", "key") else 1
