@@ -30,6 +30,7 @@ def digits(count=20, size=4):
 # ---- training ----
 
 
+@pytest.mark.slow
 def test_a_seed_trained_beside_others_is_a_seed_trained_alone(monkeypatch):
     orders, original = [], study.batches
     monkeypatch.setattr(study, "batches", lambda *args, **options: orders.append(options) or original(*args, **options))

@@ -45,6 +45,7 @@ def config():
     )
 
 
+@pytest.mark.slow
 def test_the_grid_is_the_runs_one_by_one(config, stores):
     """Rates and seeds in one program change nothing but rounding, and each rate and seed is what it says."""
     _, together = train_grid(config, stores["train"], 256, RATES, SEEDS, "grid")
