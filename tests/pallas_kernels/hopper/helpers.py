@@ -8,11 +8,14 @@ A float16 product has no such path beside it, as `xla` multiplies float16 in flo
 roundings. A wrong term costs 0.1 to 1 in every case here.
 """
 
+from functools import partial
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
+from efla_jax import delta_rule_attention, efla_attention
 from tests.ops.helpers import cotangents, draw, errors, evaluate
 
 LOW = ("query", "key", "value")
@@ -72,3 +75,21 @@ def assert_accurate(inputs, cotangent, factor=FACTOR, **options):
     for name, x in inputs.items():
         assert got[f"d_{name}"].dtype == x.dtype
         assert got[f"d_{name}"].shape == x.shape
+
+
+def attend(inputs, ids, dtype=None, **options):
+    """Output and state; of the float64 oracle on the CPU, where dtype says so."""
+    arrays = inputs if dtype is None else {name: np.asarray(x, dtype) for name, x in inputs.items()}
+    call = delta_rule_attention if "erase" in inputs else efla_attention
+    with jax.enable_x64(dtype is not None), jax.default_device(None if dtype is None else jax.devices("cpu")[0]):
+        found = jax.jit(partial(call, **options))(**arrays, segment_ids=ids)
+        return {name: np.asarray(x) for name, x in zip(("output", "state"), found, strict=True)}
+
+
+def assert_accurate_alone(inputs, ids=None, **options):
+    """Output and state of the kernels that save nothing agree with the float64 token loop."""
+    want = attend(inputs, ids, np.float64, implementation="scan", **options)
+    half = inputs["key"].dtype == jnp.float16
+    xla = None if half else attend(inputs, ids, implementation="xla", **options)
+    found = too_far(attend(inputs, ids, implementation="pallas_gpu", **options), want, xla)
+    assert not found, f"errors and their bounds: {found}"

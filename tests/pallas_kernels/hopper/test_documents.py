@@ -1,34 +1,12 @@
 """Rows of documents, without decay and with nothing kept: the fused kernel, in pieces where heads are few."""
 
 import sys
-from functools import partial
 
-import jax
 import jax.numpy as jnp
-import numpy as np
 import pytest
 
-from efla_jax import delta_rule_attention, efla_attention
 from pallas_kernels.hopper import op, pieces
-from tests.pallas_kernels.hopper.helpers import counted, documents, rounded, too_far
-
-
-def attend(inputs, ids, dtype=None, **options):
-    """Output and state; of the float64 oracle on the CPU, where dtype says so."""
-    arrays = inputs if dtype is None else {name: np.asarray(x, dtype) for name, x in inputs.items()}
-    call = delta_rule_attention if "erase" in inputs else efla_attention
-    with jax.enable_x64(dtype is not None), jax.default_device(None if dtype is None else jax.devices("cpu")[0]):
-        found = jax.jit(partial(call, **options))(**arrays, segment_ids=ids)
-        return {name: np.asarray(x) for name, x in zip(("output", "state"), found, strict=True)}
-
-
-def _assert_accurate(inputs, ids, **options):
-    want = attend(inputs, ids, np.float64, implementation="scan", **options)
-    half = inputs["key"].dtype == jnp.float16
-    xla = None if half else attend(inputs, ids, implementation="xla", **options)
-    found = too_far(attend(inputs, ids, implementation="pallas_gpu", **options), want, xla)
-    assert not found, f"errors and their bounds: {found}"
-
+from tests.pallas_kernels.hopper.helpers import assert_accurate_alone, counted, documents, rounded
 
 # Four pieces of two chunks. A piece begins: with a document; in one that began in the piece before; in one that began
 # before that, in a chunk's midst or with one; in one that the row began with.
@@ -61,7 +39,7 @@ def test_in_pieces(monkeypatch, starts, lead):
     monkeypatch.setattr(pieces, "LEAD", lead)
     inputs, _ = rounded(batch=1, length=488)
     assert pieces.fill(1, 488) == 4
-    _assert_accurate(inputs, documents(starts, 1, 488), scale=0.5)
+    assert_accurate_alone(inputs, documents(starts, 1, 488), scale=0.5)
 
 
 WIDE = dict(batch=2, heads=2, key_heads=1, key_dim=128, value_dim=128)
@@ -90,7 +68,7 @@ def test_kinds(monkeypatch, sizes, processors, kind):
         inputs |= dict(erase=beta, write=0.7 * beta)
     if kind == "stateless":
         inputs.pop("initial_state")
-    _assert_accurate(inputs, documents((40, 150, 151, 200), sizes["batch"], 266))
+    assert_accurate_alone(inputs, documents((40, 150, 151, 200), sizes["batch"], 266))
 
 
 @pytest.mark.parametrize(

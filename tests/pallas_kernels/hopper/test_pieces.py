@@ -16,7 +16,7 @@ from pallas_kernels.hopper.chain import chain, chain_back, split
 from pallas_kernels.hopper.pieces import Parts, Plan
 from pallas_kernels.hopper.prepare import prepare
 from pallas_kernels.hopper.summaries import summaries
-from tests.pallas_kernels.hopper.helpers import assert_accurate, counted, documents, rounded
+from tests.pallas_kernels.hopper.helpers import assert_accurate, assert_accurate_alone, counted, documents, rounded
 
 
 @pytest.mark.parametrize(
@@ -256,3 +256,13 @@ def test_op_in_two_pieces(monkeypatch):
     monkeypatch.setattr(pieces, "PROCESSORS", 2)
     inputs, cotangent = rounded(batch=1, length=192)
     assert_accurate(inputs, cotangent)
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("interpreted")
+def test_even_runs(monkeypatch):
+    """The scan of two pieces long enough for runs of equal length, and a part that is walked twice."""
+    monkeypatch.setattr(pieces, "plan", lambda *call: Plan(False, 9, 9))
+    assert pieces.parts(9, 18, even=True, twice=True).twice
+    inputs, _ = rounded(batch=1, length=1152, key_dim=128, value_dim=128)
+    assert_accurate_alone(inputs)

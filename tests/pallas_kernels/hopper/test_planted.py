@@ -18,8 +18,7 @@ from efla_jax import efla_attention
 from pallas_kernels.hopper import pieces
 from tests.ops import helpers
 from tests.ops.helpers import evaluate
-from tests.pallas_kernels.hopper.helpers import documents, rounded, too_far
-from tests.pallas_kernels.hopper.test_documents import attend
+from tests.pallas_kernels.hopper.helpers import attend, documents, rounded, too_far
 
 pytestmark = pytest.mark.cpu("what the interpreter finds")
 
