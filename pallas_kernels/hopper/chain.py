@@ -94,6 +94,9 @@ def _chain(config, r, _):
     places = [config.wanted.index(n) if n in config.wanted else -1 for n in range(config.states)]
     piece = lambda i: last - i if config.backward else i + r.first
     lead = lambda n: r.leads[r.b, n] if config.skipping else jnp.int32(-1)  # of what is behind part n - 1
+    steps: Any = last - 1
+    if config.skipping:  # up to the last state that is wanted
+        steps = reduce(jnp.maximum, [jnp.where(lead(n) < 0, n - 1, 0) for n in range(2, config.states)], r.first)
 
     def load(i):
         slot, full = ring.place(i), ring.full(r, i)
@@ -124,10 +127,6 @@ def _chain(config, r, _):
         state = plgpu.load(r.ends.at[r.b, r.h, piece(r.first), columns], layout=TILE, optimized=False)
         store(steps + 1 + r.first, lax.fori_loop(0, steps, step, state))
 
-    steps: Any = last - 1
-    if config.skipping:  # up to the last state that is wanted
-        reached = [jnp.where(r.leads[r.b, n] < 0, n - 1, 0) for n in range(2, config.states)]
-        steps = reduce(jnp.maximum, reached, r.first)
     for i in range(min(ring.slots, last - 1)):
         pl.when(steps > i)(lambda i=i: load(i + r.first))
     if config.given:

@@ -64,7 +64,6 @@ def forward(query, key, value, erase, write, log_decay, initial_state, begins, *
         plan = _plan(save, value, key)
     vectors, documents = _vectors(erase, log_decay, begins)
     initial = _transposed(initial_state, key.shape[-1], value.shape[-1])
-    starts = None if initial is None else initial[:, :, None]
     options = dict(scale=scale, tied=tied, save=save)
     rows = value.shape[0] * value.shape[2]
     apart = plan.apart and few_heads.serves(rows, value.shape[-1], vectors, tied=tied, save=save)
@@ -73,8 +72,9 @@ def forward(query, key, value, erase, write, log_decay, initial_state, begins, *
     if documents is not None and log_decay is None and not save:
         out = _by_documents(query, key, value, vectors, documents, initial, options, exact)
     elif plan.fused:
-        out = forward_kernel(key, query, value, vectors, documents, starts, exact=exact, **options)
+        out = forward_kernel(key, query, value, vectors, documents, _of_one_piece(initial), exact=exact, **options)
     elif apart and plan.apart * CHUNK >= length:
+        starts = _of_one_piece(initial)
         out = few_heads.forward(key, query, value, vectors, starts, scale=scale, exact=exact, share=plan.apart)
     else:
         out = _by_scan(query, key, value, vectors, documents, initial, plan, options, exact, apart)
@@ -106,7 +106,7 @@ def _by_scan(query, key, value, vectors, documents, initial, plan, options, exac
     vectors = {name: x for name, x in vectors.items() if name != "gain"}
     if save or not tied:  # else the inverse has it
         vectors |= dict(erase=made.get("erase", gain))
-    starts, maps = None if initial is None else initial[:, :, None], None
+    starts, maps = _of_one_piece(initial), None
     if parts.bounds[-1]:
         leads = None if documents is None else _borders(documents, parts.bounds)[0]
         summed = summaries(key, value, solve, vectors, initial, tied=tied, parts=parts, leads=leads)
@@ -128,11 +128,10 @@ def _by_documents(query, key, value, vectors, documents, initial, options, exact
     batch, length, heads, _ = value.shape
     chunks, gain = -(-length // CHUNK), dict(gain=vectors["gain"])
     share = -(-chunks // pieces.fill(batch * heads, length))
-    options |= dict(exact=exact)
+    options = options | dict(exact=exact)
     if share >= chunks:
-        starts = None if initial is None else initial[:, :, None]
         leads = jnp.full((batch, 1), -1, jnp.int32)
-        return forward_kernel(key, query, value, gain, documents, starts, leads=leads, **options)
+        return forward_kernel(key, query, value, gain, documents, _of_one_piece(initial), leads=leads, **options)
     parts = pieces.parts(share, chunks, even=False)
     leads = _leads(documents, share, chunks, initial is not None)
     kind = dict(tied=options["tied"], leads=leads)
@@ -173,7 +172,7 @@ def backward(
     vectors = _backward_vectors(vectors, saved, exact)
     d_final = _transposed(d_state, padded_key.shape[-1], d_output.shape[-1])
     share = (_plan(True, d_output, padded_key) if plan is None else plan).backward
-    behind = None if d_final is None else d_final[:, :, None]
+    behind = _of_one_piece(d_final)
     if share * CHUNK < length:
         chunks = -(-length // CHUNK)
         bounds = *range(0, chunks, share), chunks
@@ -268,6 +267,11 @@ def _transposed(state, key_dim, value_dim):
     return jnp.pad(state, ((0, 0), (0, 0), (0, missing[0]), (0, missing[1]))) if any(missing) else state
 
 
+def _of_one_piece(state):
+    """[B, H, V, K] or None as that of the only piece, [B, H, 1, V, K]."""
+    return None if state is None else state[:, :, None]
+
+
 def _state(transposed, key_dim, value_dim):
     return jnp.swapaxes(transposed[:, :, :value_dim, :key_dim], 2, 3)
 
@@ -281,10 +285,10 @@ def _per_key_head(x, key_heads):
     return jnp.sum(grouped, 3, dtype=jnp.float32).astype(x.dtype)
 
 
-def _chunked(x, mode="constant"):
+def _chunked(x):
     """[..., T] -> [..., N, C]."""
     missing = -x.shape[-1] % CHUNK
-    x = jnp.pad(x, ((0, 0),) * (x.ndim - 1) + ((0, missing),), mode=mode)
+    x = jnp.pad(x, ((0, 0),) * (x.ndim - 1) + ((0, missing),))
     return x.reshape(*x.shape[:-1], -1, CHUNK)
 
 

@@ -84,7 +84,7 @@ def summaries(key, value, solve, vectors, initial, *, tied, parts, leads=None):
         parts=parts, walks=walks, of_values=of_values, of_maps=of_maps, group=heads // key_heads, key_dim=key_dim,
         value_groups=value_dim // 64, writers=writers, read=False, tied=tied, dtype=dtype, save=False, fed=False,
         shared=False, folded="erase" not in vectors, decayed=decayed, numbers=numbers, skipping=leads is not None,
-        given=initial is not None, twice=parts.twice, keys=keys, values=values, solves=values,
+        given=initial is not None, keys=keys, values=values, solves=values,
     )  # fmt: skip
     check_registers((writers, REGISTERS["state"]), (1, REGISTERS["helper"]))
     blocks = walks * of_values + (walks - 1) * of_maps + parts.twice  # the first part's map leads nowhere
@@ -103,20 +103,15 @@ def _block(config, r):
     return walk, block * config.writers
 
 
-def _twice(config, r):
-    """Whether the block walks the last part, and that twice: first with its values, and then its map."""
-    return (r.c == config.walks * config.of_values + (config.walks - 1) * config.of_maps) if config.twice else False
-
-
 def _walk(config, r):
     """Of the block's walk: how many turns, and of the two (part, first 64 columns, first chunk looked at, how many)."""
-    bounds, walks, _ = config.parts
+    bounds, walks, part_twice = config.parts
     walk, group = _block(config, r)
     part = lookup(walks, walk)
     turns = lookup(walks[1:], walk) - part
     ahead, groups = jnp.int32(1), jnp.int32(0)  # from the first turn to the second
-    if config.twice:
-        twice = _twice(config, r)
+    if part_twice:  # by the last block: the last part first with its values, and then its map
+        twice = r.c == config.walks * config.of_values + (config.walks - 1) * config.of_maps
         part, turns, group = (jnp.where(twice, x, y) for x, y in ((len(bounds) - 2, part), (2, turns), (0, group)))
         ahead, groups = jnp.where(twice, 0, 1), jnp.where(twice, config.value_groups, 0)
     found = []
@@ -147,9 +142,9 @@ def _state(config, r, w):
     turns, ((part, group, _, before), (next_part, next_group, _, behind)) = _walk(config, r)
 
     def sum_up(n, carry):
-        here, columns, count = (
-            jnp.where(n == 0, *pair) for pair in ((part, next_part), (group + w, next_group + w), (before, behind))
-        )
+        here = jnp.where(n == 0, part, next_part)
+        columns = w + jnp.where(n == 0, group, next_group)
+        count = jnp.where(n == 0, before, behind)
         step = lambda i, state: follow(config, r, w, i, None, None, state)
         first = n * before
         state = lax.fori_loop(first, first + count, step, _start(config, r, here, columns))
