@@ -73,8 +73,7 @@ def forward(key, query, value, vectors, starts, *, scale, exact=False, share):
     products = Ring.of("products", 3 if shared else 4, streams)
     states, updates = Ring.of("states", 1, 1), Ring.of("updates", 1, 1)
     own = dict(  # a place for each helper
-        blocks_s=smem((HELPERS, 1, BLOCK + CHUNK, BLOCK), jnp.float16),
-        ladder_s=smem((HELPERS, 2, CHUNK, BLOCK), jnp.float16),
+        ladder_s=smem((HELPERS, 2 * CHUNK, BLOCK), jnp.float16),
         keys_s=plgpu.SMEM((HELPERS, 4, CHUNK), F32),
         helper_stage=stage(jnp.float16, HELPERS),
     )
@@ -104,8 +103,8 @@ def forward(key, query, value, vectors, starts, *, scale, exact=False, share):
         value_groups=2, writers=1, helpers=HELPERS, warpgroups=HELPERS + 3, streams=streams,
         helper_registers=REGISTERS["helper"], dtype=dtype, scale=scale, exact=exact, tied=True, folded=True, save=False,
         read=True, fed=True, shared=shared, given=starts is not None, decayed=False, summed=False, masked=False,
-        mixing=False, skipping=False, keys=keys, queries=queries, values=values, products=products, solves=products,
-        states=states, updates=updates, own=tuple(own),
+        mixing=False, skipping=False, ahead=False, keys=keys, queries=queries, values=values, products=products,
+        solves=products, states=states, updates=updates, own=tuple(own),
     )  # fmt: skip
     counts = dict(state=1, output=1, helper=HELPERS, loader=1)
     check_registers(*((count, REGISTERS[name]) for name, count in counts.items()))

@@ -12,11 +12,14 @@ a = decay from the chunk's start, e = decay to its end, d = decay of the whole c
 Where heads are few, the state warpgroups of a head are in blocks of their own; what such blocks can share is used by
 `pallas_kernels.hopper.few_heads`, which serves the plainest of these calls.
 
-Of documents without decay, the helpers mask what chunks hold in which one begins, so that the state warpgroups have as
-little to do as without: they read another inverse there, of whose columns only those of the document before are left,
-and queries of that document only; they empty the state, and forget the updates of all documents but the last one. Rows
-of documents can be walked in pieces side by side, each from where the document begins that it cuts, or from a given
-state.
+Where nothing is saved and there is no decay, helpers are ahead by more than there are places for: they keep what they
+made in registers until the state warpgroups are done with the chunk whose place it takes, which else would wait for all
+that a helper makes after that. The state warpgroups send for values themselves, and write outputs where values were.
+
+Of documents without decay, the helpers say of each chunk in which one begins which of its tokens see the state before
+it, and which are of the document that it ends with. The state warpgroups multiply what the state recalls by the former
+and the updates of the state by the latter, by ones in all other chunks, and empty the state. Rows of documents can be
+walked in pieces side by side, each from where the document begins that it cuts, or from a given state.
 
 Where erase and write are the same number c per token ("tied": every rule but the exact one with decay) the kernel
 solves for the prediction error E = V - a∘K S - M U, which is what the backward pass wants, and U = c∘E:
@@ -36,7 +39,7 @@ import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax import lax
 
-from pallas_kernels.hopper.forward_helper import chunks_of, helper
+from pallas_kernels.hopper.forward_helper import chunks_of, helper, send_for_values
 from pallas_kernels.hopper.inverse import BLOCK
 from pallas_kernels.hopper.masks import crossed, only_if
 from pallas_kernels.hopper.mosaic import (
@@ -61,7 +64,7 @@ from pallas_kernels.hopper.mosaic import (
 from pallas_kernels.hopper.scan_state import in_piece
 
 
-def _crew(writers, key_dim, save, decayed, tied, mixing):
+def _crew(writers, key_dim, save, decayed, tied):
     """(helpers, registers of a thread of state warpgroups, and of helpers); None for as many as a launch gives.
 
     As many helpers as shared memory and registers hold. A launch gives 168 to each of three warpgroups, 128 of four.
@@ -69,8 +72,6 @@ def _crew(writers, key_dim, save, decayed, tied, mixing):
     if writers == 1:
         if save or decayed:
             return (2, 176, 160) if key_dim == 128 and save and (decayed or not tied) else (2, None, None)
-        if mixing and key_dim == 128:  # two inverses of a chunk
-            return 2, None, None
         return (3, 176, 112) if key_dim == 128 else (3, None, None)
     if key_dim == 64:
         return 2, None, None
@@ -110,7 +111,7 @@ def forward(key, query, value, vectors, documents, starts, *, scale, tied, save,
     writers = value_dim // 64 // splits
     decayed, masked = "left" in vectors, documents is not None
     summed, mixing = "sums" in vectors, masked and not decayed
-    helpers, state_registers, helper_registers = _crew(writers, key_dim, save, decayed, tied, mixing)
+    helpers, state_registers, helper_registers = _crew(writers, key_dim, save, decayed, tied)
     dtype = value.dtype
     inputs = dict(query=query, key=key, value=value, **{f"{name}_v": x for name, x in vectors.items()})
     inputs |= {name: x for name, x in dict(documents=documents, starts=starts, leads=leads).items() if x is not None}
@@ -127,8 +128,10 @@ def forward(key, query, value, vectors, documents, starts, *, scale, tied, save,
     if save and exact:
         per_token = jax.ShapeDtypeStruct((batch, heads, chunks * CHUNK), F32)
         outputs |= dict(erase=per_token, square=per_token)
-    keys = Ring.of("keys", helpers + 2, helpers)  # one in the state warpgroups, one in each helper, one on its way
-    queries, values = Ring.of("queries", 2, helpers), Ring.of("values", 2, helpers)
+    ahead = not (save or decayed or mixing) and (writers == 2 or key_dim == 64)  # else shared memory is too small
+    # one in the state warpgroups, one in each helper, one on its way, one that was made ahead
+    keys = Ring.of("keys", helpers + 2 + ahead, helpers)
+    queries, values = Ring.of("queries", helpers + 1 if ahead else 2, helpers), Ring.of("values", 2, helpers)
     products = Ring.of("products", max(helpers, 2), helpers)
     crowded = key_dim == 128 and (writers == 1 or save)  # shared memory is
     vector = plgpu.SMEM((keys.slots, CHUNK), F32)
@@ -136,12 +139,15 @@ def forward(key, query, value, vectors, documents, starts, *, scale, tied, save,
         k_s=smem((keys.slots, CHUNK, key_dim), dtype),
         q_s=smem((queries.slots, CHUNK, key_dim), dtype),
         v_s=smem((values.slots, writers, *SQUARE), dtype),
-        solve_s=smem((products.slots * (1 + mixing), *SQUARE), dtype),
-        # 1 for tokens of the document that the chunk ends with; throughout, and of each chunk in which one begins
+        solve_s=smem((products.slots, *SQUARE), dtype),
+        # 1 for tokens of the document that the chunk ends with, and of that before it; first throughout, then of each
+        # chunk in which one begins
         last_s=plgpu.SMEM((1 + products.slots, CHUNK), dtype) if mixing else None,
+        seen_s=plgpu.SMEM((1 + products.slots, CHUNK), F32) if mixing else None,
         scores_s=smem((products.slots, *SQUARE), dtype),
         erase_s=plgpu.SMEM((products.slots, CHUNK), F32),
-        stage_s=smem((writers, key_dim // 64 if save or decayed else 1, *SQUARE), dtype),  # the state, then the output
+        # the state, then the output, which ahead goes where values were
+        stage_s=None if ahead else smem((writers, key_dim // 64 if save or decayed else 1, *SQUARE), dtype),
         gain_s=vector,
         causal_s=None if decayed or crowded else smem(SQUARE, dtype),  # 1 on and below the diagonal
         left_s=vector if decayed else None,
@@ -163,8 +169,7 @@ def forward(key, query, value, vectors, documents, starts, *, scale, tied, save,
     own = dict(  # a place for each helper
         cosines_s=smem((helpers, *SQUARE), jnp.float16) if save and tied else None,
         inverse_s=smem((helpers, *SQUARE), dtype) if save and tied else None,
-        blocks_s=smem((helpers, 1, BLOCK + CHUNK, BLOCK), jnp.float16),  # zeros, then blocks
-        ladder_s=smem((helpers, 2, CHUNK, BLOCK), jnp.float16),
+        ladder_s=smem((helpers, 2 * CHUNK, BLOCK), jnp.float16),
         square_s=plgpu.SMEM((helpers, CHUNK), F32) if save and exact else None,
         keys_s=plgpu.SMEM((helpers, 4, CHUNK), F32),  # of each key: norm, one over it, that times cλ, one over cλ
         helper_stage=stage(jnp.float16, helpers),
@@ -175,7 +180,7 @@ def forward(key, query, value, vectors, documents, starts, *, scale, tied, save,
         mixing=mixing, given=starts is not None, share=share, pieces=pieces, blocks=splits, exact=exact, keys=keys,
         queries=queries, values=values, products=products, own=tuple(own),
         state_registers=state_registers, helper_registers=helper_registers, folded=False, warpgroups=writers + helpers,
-        streams=helpers, fed=False, shared=False,
+        streams=helpers, fed=False, shared=False, ahead=ahead,
     )  # fmt: skip
     check_registers((writers, state_registers), (helpers, helper_registers))
     roles = (writers, in_piece(_state)), (helpers, in_piece(helper))
@@ -223,19 +228,23 @@ def _state(config, r, w):
         state, out = _recall(config, r, w, state, q_s, r.scale_s[w, 0])
         if config.decayed:
             out = out * left()
+        if mixing:
+            out = out * _seen(config, r, n)
         out = matmul(update_low, scores_s.T, SQUARE, init=out, staged=staged)
         if not config.staged:
             state = advanced(state)
         free = lambda: plgpu.barrier_arrive(keys.free(r, n))  # of all places of the chunk, other rings' too
         if not config.save:
             free()
-        plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+        if not config.ahead:
+            plgpu.wait_smem_to_gmem(0, wait_read_only=True)
         if config.save:  # E has left the place of V
             free()
-        r.stage_s.at[w, 0].T[...] = out.astype(config.dtype)
+        stage_s = r.v_s.at[config.values.place(n), w] if config.ahead else r.stage_s.at[w, 0]
+        stage_s.T[...] = out.astype(config.dtype)
         plgpu.commit_smem()
         target = r.output.at[r.b, pl.ds((first + n) * CHUNK, CHUNK), r.h, columns]
-        copy_out(r.stage_s.at[w, 0], target, n >= r.lead if mixing else None)
+        copy_out(stage_s, target, n >= r.lead if mixing else None)
         return state
 
     state = lax.fori_loop(0, count, step, state)
@@ -270,12 +279,15 @@ def _update(config, r, w, n, columns, recalled):
     plgpu.barrier_wait(values.full(r, n))
     plgpu.barrier_wait(products.full(r, n))
     recalled = recalled * (-1.0 if config.tied else erase(-1.0))
+    if config.mixing:
+        recalled = recalled * _seen(config, r, n)
     # T V - T (K S): V - K S rounded would lose of K S what is below V's last place, always to the same side
     forgotten, solve_t = recalled.astype(config.dtype), r.solve_s.at[made].T
-    seen_t = solve_t
-    if config.mixing:  # see `_part_documents` of the helpers
-        seen_t = r.solve_s.at[made + jnp.where(crossed(r, slot), products.slots, 0)].T
-    update = matmul([v_s.T, forgotten], [solve_t, seen_t], SQUARE, staged=part_of(r.state_stage, w))
+    update = matmul([v_s.T, forgotten], [solve_t, solve_t], SQUARE, staged=part_of(r.state_stage, w))
+    if config.ahead:  # for the next values, where those of the chunk before were and then its output
+        plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+        _, count = chunks_of(config, r)
+        send_for_values(config, r, n + 1, w, n + 1 < count)
     if config.save:  # in the place of V, which all threads have read
         plgpu.commit_smem()
         v_s.T[...] = update.astype(config.dtype)
@@ -288,6 +300,12 @@ def _update(config, r, w, n, columns, recalled):
         return low, low
     right = per_column(plgpu.load(r.right_s.at[slot], layout=COLS), SQUARE)
     return low, (update * right).astype(config.dtype)
+
+
+def _seen(config, r, n):
+    """1 for the tokens of chunk n that see the state before it, else 0."""
+    at = jnp.where(crossed(r, config.keys.place(n)), 1 + config.products.place(n), 0)
+    return per_column(plgpu.load(r.seen_s.at[at], layout=COLS), SQUARE)
 
 
 def _recall(config, r, w, state, tokens, scale=None):

@@ -8,13 +8,14 @@ import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax import lax
 
-from pallas_kernels.hopper.inverse import BLOCK, fresh, write_inverse
-from pallas_kernels.hopper.masks import crossed, unseen_removed, weighed
+from pallas_kernels.hopper.inverse import fresh, write_inverse
+from pallas_kernels.hopper.masks import crossed, weighed
 from pallas_kernels.hopper.mosaic import (
     CHUNK,
     ROWS,
     SQUARE,
     TILE,
+    copy_in,
     iota,
     matmul,
     part_of,
@@ -39,7 +40,7 @@ def chunks_of(config, r):
     return first, count if config.chunks % config.share else config.share
 
 
-def _loads(config, r):
+def loads(config, r):
     """(ring, function of n that sends for what of chunk n goes through it), in the order in which places get free."""
     head = lax.div(r.h, config.group)
     keys, queries, values = config.keys, config.queries, config.values
@@ -62,12 +63,18 @@ def _loads(config, r):
         plgpu.copy_gmem_to_smem(r.query.at[r.b, rows_of(n), head], r.q_s.at[queries.place(n)], queries.full(r, n))
 
     def load_values(n):
-        slot, bar = values.place(n), values.full(r, n)
         for w in range(config.writers):
-            columns = pl.ds((r.rank * config.writers + w) * 64, 64)
-            plgpu.copy_gmem_to_smem(r.value.at[r.b, rows_of(n), r.h, columns], r.v_s.at[slot, w], bar)
+            send_for_values(config, r, n, w)
 
     return (values, load_values), (queries, load_queries), (keys, load_keys)
+
+
+def send_for_values(config, r, n, w, wanted=None):
+    """Sends for what of the values of chunk n is state warpgroup w's; their barrier is told too if it is not wanted."""
+    first, _ = chunks_of(config, r)
+    rows, columns = pl.ds((first + n) * CHUNK, CHUNK), pl.ds((r.rank * config.writers + w) * 64, 64)
+    target = r.v_s.at[config.values.place(n), w]
+    copy_in(r.value.at[r.b, rows, r.h, columns], target, config.values.full(r, n), wanted)
 
 
 def _begin(config, r):
@@ -76,23 +83,27 @@ def _begin(config, r):
     if r.causal_s is not None:
         r.causal_s[...] = jnp.where(iota(0) >= iota(1), 1.0, 0.0).astype(config.dtype)
     if config.mixing:
-        r.last_s.at[r.first][...] = plgpu.layout_cast(jnp.ones((CHUNK,), config.dtype), ROWS)
+        for ref in (r.last_s, r.seen_s):
+            ref.at[r.first][...] = plgpu.layout_cast(jnp.ones((CHUNK,), ref.dtype), ROWS)
     plgpu.commit_smem()
-    loads = _loads(config, r)
     _, count = chunks_of(config, r)
     for n in range(min(config.keys.slots, config.chunks)):
-        for ring, load in loads[::-1]:
-            if n < ring.slots:
+        for ring, load in loads(config, r)[::-1]:
+            if n < ring.slots - (config.ahead and ring is config.values):  # of which state warpgroups send for the next
                 pl.when(count > n)(lambda load=load, n=n: load(r.first + n))
 
 
 def _recycle(config, r, n):
     """As `recycle`, of places all of which are free at a time."""
-    loads = _loads(config, r)
-    _, count = chunks_of(config, r)
     plgpu.barrier_wait(config.keys.free(r, n))
+    _send_on(config, r, n)
+
+
+def _send_on(config, r, n):
+    """Sends for what has the places of chunk n next, which are free; but for values, if state warpgroups do."""
+    _, count = chunks_of(config, r)
     plgpu.commit_smem()  # what read the place is done before the copy, which is another proxy, writes it
-    for ring, load in loads:
+    for ring, load in loads(config, r)[config.ahead :]:
         pl.when(n + ring.slots < count)(lambda ring=ring, load=load: load(n + ring.slots))
 
 
@@ -100,10 +111,10 @@ def loader(config, r, _):
     """A warpgroup that only sends for what its block reads, for all chunks in their order."""
     _begin(config, r)
     set_registers(LOADER_REGISTERS, config.warpgroups)
-    loads = _loads(config, r)
+    sends = loads(config, r)
     _, count = chunks_of(config, r)
 
-    lax.fori_loop(0, count, lambda n, _: recycle(r, loads, n, count), None)
+    lax.fori_loop(0, count, lambda n, _: recycle(r, sends, n, count), None)
 
 
 def helper(config, r, i):
@@ -113,31 +124,18 @@ def helper(config, r, i):
     r = SimpleNamespace(**r.__dict__ | own)
     keys, products = config.keys, config.products
     stream = i * (config.streams // config.helpers) + (r.rank if config.shared else 0)
-    r.blocks_s.at[r.first, pl.ds(0, CHUNK)][...] = plgpu.layout_cast(jnp.zeros((CHUNK, BLOCK), jnp.float16), TILE)
-    plgpu.commit_smem()
     if not config.fed:
         pl.when(i == 0)(lambda: _begin(config, r))
 
     def step(turn, carry):
         n = turn * config.streams + stream
-        anew = lambda: n + fresh(r)  # what is derived from it is made where it is used
         plgpu.barrier_wait(keys.full(r, n))
-
-        def midway():
-            if not config.fed:
-                n = anew()  # products have as many places as there are helpers, or more: they have one free then
-                pl.when(n >= config.helpers)(lambda: _recycle(config, r, n - config.helpers))
-
-        slot = keys.place(n)
-        write_inverse(config, r, slot, partial(_put, config, r, anew), midway)
-        if r.scores_s is not None:
-            _write_scores(config, r, anew())
-        if config.mixing:
-            _part_documents(config, r, anew())
-        if config.save:  # one of the blocks of a head does
-            pl.when(r.c == 0)(lambda: _save(config, r, anew()))
+        (_ahead if config.ahead else _in_turn)(config, r, lambda: n + fresh(r))
         plgpu.commit_smem()
-        plgpu.barrier_arrive(products.full(r, anew()))
+        plgpu.barrier_arrive(products.full(r, n + fresh(r)))
+        if config.ahead:
+            last = n + fresh(r) - config.helpers
+            pl.when(last >= 0)(lambda: _send_on(config, r, last))
         return carry
 
     _, count = chunks_of(config, r)
@@ -146,7 +144,8 @@ def helper(config, r, i):
     if config.shared:
         return
     if not config.fed:
-        pl.when(turns > 0)(lambda: _recycle(config, r, fresh(r) + (turns - 1) * config.helpers + i))
+        last = lambda: fresh(r) + (turns - 1) * config.helpers + i
+        pl.when(turns > 0)(lambda: _recycle(config, r, last()))
         plgpu.wait_smem_to_gmem(0)
         return
     for before in range(products.slots // config.helpers)[::-1]:
@@ -158,36 +157,69 @@ def helper(config, r, i):
     plgpu.wait_smem_to_gmem(0)
 
 
-def _write_scores(config, r, n):
+def _in_turn(config, r, n):
+    """What is made of chunk n(), each part written as soon as it is made; which is when its place is free."""
+
+    def midway():
+        if not config.fed:  # products have as many places as there are helpers, or more: they have one free then
+            at = n()
+            pl.when(at >= config.helpers)(lambda: _recycle(config, r, at - config.helpers))
+
+    write_inverse(config, r, config.keys.place(n()), partial(_put, config, r, n), midway)
+    if r.scores_s is not None:
+        _put(config, r, n, "scores_s", _scores(config, r, n()))
+    if config.mixing:
+        _part_documents(config, r, n())
+    if config.save:  # one of the blocks of a head does
+        pl.when(r.c == 0)(lambda: _save(config, r, n()))
+
+
+def _ahead(config, r, n):
+    """The same, made before there is a place for it."""
+    made = {}
+    keep = lambda name, value: made.update({name: lax.optimization_barrier(value)})
+    write_inverse(config, r, config.keys.place(n()), keep, lambda: None)
+    keep("scores_s", _scores(config, r, n()))
+    at = n()
+    pl.when(at >= config.helpers)(lambda: plgpu.barrier_wait(config.keys.free(r, at - config.helpers)))
+    for name, value in made.items():
+        if name == "scores_s":  # here, where there are registers for it
+            value = value * _causal(r)
+        _put(config, r, n, name, value)
+
+
+def _scores(config, r, n):
+    """P of chunk n, rounded; ahead, not yet masked."""
     slot = config.keys.place(n)
     plgpu.barrier_wait(config.queries.full(r, n))
     scores = matmul(r.q_s.at[config.queries.place(n)], r.k_s.at[slot].T, SQUARE)
     if config.scale != 1:
         scores = scores * config.scale
     scores = weighed(config, r, slot, scores)
-    if config.decayed:
+    if config.decayed or config.ahead:  # which masks them later
         scores = scores.astype(config.dtype)
-    elif r.causal_s is not None:  # a product with 0 and 1, two numbers at once, is cheaper than a choice
-        scores = scores.astype(config.dtype) * plgpu.load(r.causal_s, layout=TILE)
+    elif r.causal_s is not None:
+        scores = scores.astype(config.dtype) * _causal(r)
     else:
         row, column = place(r)
         scores = lax.optimization_barrier(jnp.where(row >= column, scores, 0.0)).astype(config.dtype)
-    _put(config, r, lambda: n, "scores_s", scores)
+    return scores
+
+
+def _causal(r):
+    """1 on and below the diagonal, else 0: a product with it, two numbers at once, is cheaper than a choice."""
+    return plgpu.load(r.causal_s.at[pl.ds(fresh(r) * CHUNK, CHUNK)], layout=TILE)
 
 
 def _part_documents(config, r, n):
     """What the state warpgroups need to know of documents that begin in chunk n."""
-    slot, made = config.keys.place(n), config.products.place(n)
+    slot = config.keys.place(n)
 
     @pl.when(crossed(r, slot))
     def _():
-        last = plgpu.load(r.documents_r.at[slot], layout=ROWS) == r.documents_c[slot, CHUNK - 1]
-        r.last_s.at[1 + made][...] = jnp.where(last, 1.0, 0.0).astype(config.dtype)
-        solve = plgpu.load(r.solve_s.at[made], layout=TILE)
-        r.solve_s.at[made + config.products.slots][...] = unseen_removed(r, slot, solve, "columns")
-        for part in range(config.key_dim // 64):
-            ref = r.q_s.at[config.queries.place(n), :, pl.ds(part * 64, 64)]
-            ref[...] = unseen_removed(r, slot, plgpu.load(ref, layout=TILE), "rows")
+        numbers, at = plgpu.load(r.documents_r.at[slot], layout=ROWS), 1 + config.products.place(n)
+        r.last_s.at[at][...] = jnp.where(numbers == r.documents_c[slot, CHUNK - 1], 1.0, 0.0).astype(config.dtype)
+        r.seen_s.at[at][...] = jnp.where(numbers == 0, 1.0, 0.0)
 
 
 def _put(config, r, n, name, value):

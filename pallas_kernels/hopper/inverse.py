@@ -116,17 +116,18 @@ def _ladder(r, lower, midway):
         x = jnp.where((((row & 15) ^ column) >> level) == 1, merged * -1.0, x)
     midway()
     low = _half(x)
-    blocks = r.blocks_s.at[fresh(r)]
-    blocks.at[pl.ds(BLOCK, CHUNK)][...] = low
+    # In the place of the ladder, which each warp then writes where it has read. What it finds above the first block it
+    # makes no use of.
+    r.ladder_s.at[pl.ds(fresh(r) * CHUNK + BLOCK, CHUNK)][...] = low
     plgpu.commit_smem()
-    above = plgpu.load(blocks.at[pl.ds(0, CHUNK)], layout=TILE)  # the block before
+    above = plgpu.load(r.ladder_s.at[pl.ds(fresh(r) * CHUNK, CHUNK)], layout=TILE)  # the block before
     merged = block_products(_half(block_products(low, beside)), above)
     row, _ = place(r, BLOCK)
     odd = (row & 16) == 16
     left, right = jnp.where(odd, merged * -1.0, x), jnp.where(odd, x, 0.0)
     below = row >= 32
     # above the inverse of the first half, below the corner of L that links it with the second
-    ladder = [r.ladder_s.at[fresh(r) + i] for i in range(2)]
+    ladder = [r.ladder_s.at[pl.ds((fresh(r) + i) * CHUNK, CHUNK)] for i in range(2)]
     for ref, tile, corner in zip(ladder, (left, right), (lower[:, :16], lower[:, 16:32]), strict=True):
         ref[...] = _half(jnp.where(below, corner, tile))
     plgpu.commit_smem()

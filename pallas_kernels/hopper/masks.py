@@ -32,16 +32,6 @@ def crossed(r, slot):
     return r.documents_c[slot, CHUNK - 1] != 0
 
 
-def unseen_removed(r, slot, tile, by):
-    """The tile without the tokens of documents that begin in the chunk, which do not see the state before it; those of
-    the chunk are its rows or its columns (by)."""
-    if by == "rows":
-        seen = per_row(plgpu.load(r.documents_r.at[slot], layout=ROWS), tile.shape) == 0
-    else:
-        seen = per_column(plgpu.load(r.documents_c.at[slot], layout=COLS), tile.shape) == 0
-    return jnp.where(seen, tile, jnp.zeros_like(tile))
-
-
 def _one_document(r, slot):
     documents = (plgpu.load(r.documents_r.at[slot], layout=ROWS), plgpu.load(r.documents_c.at[slot], layout=COLS))
     return per_row(documents[0], SQUARE) == per_column(documents[1], SQUARE)

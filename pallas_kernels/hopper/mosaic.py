@@ -149,6 +149,14 @@ def copy_out(source, target, wanted=None):
         pl.when(wanted)(lambda: plgpu.copy_smem_to_gmem(source, target))
 
 
+def copy_in(source, target, barrier, wanted=None):
+    """Copies device to shared memory, where `wanted` says so; where not, only the barrier is told, without a branch."""
+    if wanted is None or not interpreting():
+        plgpu.copy_gmem_to_smem(source, target, barrier, predicate=wanted)
+    else:  # the interpreter knows no predicates
+        pl.when(wanted)(lambda: plgpu.copy_gmem_to_smem(source, target, barrier))
+
+
 class Ring(NamedTuple):
     """`slots` places in shared memory through which the chunks pass: chunk n has place n % slots, barriers n % turns.
 

@@ -18,7 +18,6 @@ from pallas_kernels.hopper.mosaic import (
     F32,
     PROCESSORS,
     SQUARE,
-    TILE,
     launch,
     part_of,
     smem,
@@ -75,8 +74,7 @@ def prepare(key, vectors, documents, dtype, *, chunks, tied, save, exact=False, 
         square_s=plgpu.SMEM((count, CHUNK), F32) if save and exact else None,
         cosines_s=smem((count, *SQUARE), jnp.float16) if both else None,
         inverse_s=smem((count, *SQUARE), dtype) if both else None,
-        blocks_s=smem((count, 1, BLOCK + CHUNK, BLOCK), jnp.float16),  # zeros, then blocks
-        ladder_s=smem((count, 2, CHUNK, BLOCK), jnp.float16),
+        ladder_s=smem((count, 2 * CHUNK, BLOCK), jnp.float16),
         keys_s=plgpu.SMEM((count, 4, CHUNK), F32),  # of each key: norm, one over it, that times cλ, one over cλ
         helper_stage=stage(jnp.float16, count),
     )
@@ -116,7 +114,6 @@ def _chunks(config, r, i):
         plgpu.barrier_arrive(r.ready)
 
     plgpu.barrier_wait(r.ready)
-    r.blocks_s.at[r.first, pl.ds(0, CHUNK)][...] = plgpu.layout_cast(jnp.zeros((CHUNK, BLOCK), jnp.float16), TILE)
 
     def load(turn):
         n, slot = first + turn * config.stride, r.first

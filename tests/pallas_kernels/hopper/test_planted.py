@@ -59,7 +59,7 @@ def results(length=200, **options):
 LATE = {
     "places": (
         "forward_helper",
-        r"( +plgpu\.barrier_wait\(config\.keys\.free\(r, n\)\)\n.*commit_smem.*\n)( +for ring, load in loads:\n.*\n)",
+        r"( +plgpu\.barrier_wait\(config\.keys\.free\(r, n\)\)\n)( +_send_on\(config, r, n\)\n)",
         r"\2\1",
     ),
     "helpers": ("forward_helper", r"part_of\(getattr\(r, name\), i\)", "part_of(getattr(r, name), 0)"),
@@ -81,6 +81,30 @@ def found(races, run=results, **options):
     except jax.errors.JaxRuntimeError as error:
         failure = str(error)
     return "no threads observed phase" in failure or any(state.races_found for state in races)
+
+
+# Where helpers are ahead: they write before there is a place, values come while the output is still there, an output is
+# written where values are.
+AHEAD = {
+    "helpers": ("forward_helper", r"(    pl\.when\(at >= config\.helpers\)\(lambda: plgpu.*\n)((?:.*\n){4})", r"\2\1"),
+    "values": ("forward", r"        plgpu\.wait_smem_to_gmem\(0, wait_read_only=True\)\n( +_, count)", r"\1"),
+    "output": (
+        "forward",
+        r"config\.values\.place\(n\), w\] if config\.ahead",
+        "config.values.place(n + 1), w] if config.ahead",
+    ),
+}
+
+
+@pytest.mark.parametrize(("name", "old", "new"), AHEAD.values(), ids=AHEAD)
+def test_late_wait_ahead(races, plant, name, old, new):
+    plant(name, old, new)
+
+    def run():
+        inputs, _ = rounded(batch=1, length=500, heads=1)
+        jax.block_until_ready(efla_attention(**inputs, implementation="pallas_gpu"))
+
+    assert found(races, run)
 
 
 # A chunk is sent for before its place is free.
@@ -141,21 +165,13 @@ def test_wrong_number(races, plant, name, old, new):
     assert too_far(*results())
 
 
-# Of documents without decay: what the helpers take from the tiles, and what the state warpgroups forget.
+# Of documents without decay: what is not seen, and what the state warpgroups forget.
 WRONG_OF_DOCUMENTS = {
-    "queries of the next document": ("forward_helper", r"unseen_removed\(r, slot, (.*), \"rows\"\)", r"\1"),
+    "queries of the next document": ("forward", r"out = out \* _seen\(config, r, n\)", "pass"),
     "a state kept": ("forward", r"jnp\.where\(crossed\(r, slot\), 0\.0, 1\.0\)", "1.0"),
     "pairs of two documents": ("masks", r"jnp\.where\(_one_document\(r, slot\), tile, 0\.0\)", "tile"),
-    "what the next document's keys recall": (
-        "forward_helper",
-        r"unseen_removed\(r, slot, solve, \"columns\"\)",
-        "solve",
-    ),
-    "updates of the document before": (
-        "forward_helper",
-        r"jnp\.where\(last, 1\.0, 0\.0\)",
-        "jnp.where(last, 1.0, 1.0)",
-    ),
+    "what the next document's keys recall": ("forward", r"recalled = recalled \* _seen\(config, r, n\)", "pass"),
+    "updates of the document before": ("forward_helper", r"CHUNK - 1\], 1\.0, 0\.0\)", "CHUNK - 1], 1.0, 1.0)"),
     "a walk begun too late": ("forward_helper", r"return first - lead, count \+ lead", "return first, count"),
     "another part's map": ("summaries", r"return r\.leads\[r\.b, (.*) \+ 1\]", r"return r.leads[r.b, \1]"),
 }
