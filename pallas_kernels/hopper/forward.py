@@ -128,7 +128,7 @@ def forward(key, query, value, vectors, documents, starts, *, scale, tied, save,
     if save and exact:
         per_token = jax.ShapeDtypeStruct((batch, heads, chunks * CHUNK), F32)
         outputs |= dict(erase=per_token, square=per_token)
-    ahead = not (save or decayed or mixing) and (writers == 2 or key_dim == 64)  # else shared memory is too small
+    ahead = writers == 2 and not (save or decayed or mixing)
     # one in the state warpgroups, one in each helper, one on its way, one that was made ahead
     keys = Ring.of("keys", helpers + 2 + ahead, helpers)
     queries, values = Ring.of("queries", helpers + 1 if ahead else 2, helpers), Ring.of("values", 2, helpers)

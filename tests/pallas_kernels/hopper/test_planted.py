@@ -18,7 +18,7 @@ from efla_jax import efla_attention
 from pallas_kernels.hopper import pieces
 from tests.ops import helpers
 from tests.ops.helpers import evaluate
-from tests.pallas_kernels.hopper.helpers import attend, documents, rounded, too_far
+from tests.pallas_kernels.hopper.helpers import attend, documents, in_whole_rows, rounded, too_far
 
 pytestmark = pytest.mark.cpu("what the interpreter finds")
 
@@ -97,11 +97,12 @@ AHEAD = {
 
 
 @pytest.mark.parametrize(("name", "old", "new"), AHEAD.values(), ids=AHEAD)
-def test_late_wait_ahead(races, plant, name, old, new):
+def test_late_wait_ahead(races, plant, monkeypatch, name, old, new):
+    in_whole_rows(monkeypatch)
     plant(name, old, new)
 
     def run():
-        inputs, _ = rounded(batch=1, length=500, heads=1)
+        inputs, _ = rounded(batch=1, length=500, heads=1, value_dim=128)
         jax.block_until_ready(efla_attention(**inputs, implementation="pallas_gpu"))
 
     assert found(races, run)
