@@ -82,6 +82,21 @@ def full_logits(config, tokens_BT, seed=0):
     return np.asarray(_full(config)(parameters(config, seed), jnp.asarray(padded)))[:, : tokens_BT.shape[1]]
 
 
+@functools.cache
+def rounding(config):
+    """How far logits move, at most, when each parameter moves by its last place, up or down as drawn; the larger of two
+    draws. Programs of one function differ by about as much: each of their sums is rounded in an order of its own."""
+    tokens = np.pad(draw_tokens(4, 23), ((0, 0), (0, LENGTH - 23)))
+    params = parameters(config)
+    run = lambda params: np.asarray(_full(config)(params, jnp.asarray(tokens)))
+
+    def moved(draw):
+        shift = lambda x: np.asarray(x) * np.float32(1 + draw.choice([-1, 1], x.shape) * 2.0**-23)
+        return np.abs(run(jax.tree.map(lambda x: jnp.asarray(shift(x), x.dtype), params)) - run(params)).max()
+
+    return max(moved(np.random.default_rng(seed)) for seed in range(2))
+
+
 def greedy(config, tokens, count, vocabulary=257, seed=0):
     """The next `count` tokens, each the argmax of a forward pass over all before it."""
     tokens = list(tokens)
