@@ -12,9 +12,10 @@ a = decay from the chunk's start, e = decay to its end, d = decay of the whole c
 Where heads are few, the state warpgroups of a head are in blocks of their own; what such blocks can share is used by
 `pallas_kernels.hopper.few_heads`, which serves the plainest of these calls.
 
-Where nothing is saved and there is no decay, helpers are ahead by more than there are places for: they keep what they
-made in registers until the state warpgroups are done with the chunk whose place it takes, which else would wait for all
-that a helper makes after that. The state warpgroups send for values themselves, and write outputs where values were.
+With two state warpgroups, nothing saved, no decay and no documents, helpers are ahead: they make all of a chunk and
+keep it in registers until the chunk whose place it takes is done with. Had they to have the place first, the state
+warpgroups would wait for all that is made after that. These send for values themselves, and write outputs where values
+were.
 
 Of documents without decay, the helpers say of each chunk in which one begins which of its tokens see the state before
 it, and which are of the document that it ends with. The state warpgroups multiply what the state recalls by the former
@@ -218,8 +219,7 @@ def _state(config, r, w):
             late = left_over
             if mixing:
                 state = state * jnp.where(crossed(r, slot), 0.0, 1.0)
-                last_s = r.last_s.at[jnp.where(crossed(r, slot), 1 + products.place(n), 0)]
-                late = late * per_column(plgpu.load(last_s, layout=COLS), SQUARE)
+                late = late * _of_documents(config, r, n, r.last_s)
             return matmul(late, k_s, shape, init=state, staged=staged)
 
         if config.staged:  # the state before is still in the stage
@@ -229,7 +229,7 @@ def _state(config, r, w):
         if config.decayed:
             out = out * left()
         if mixing:
-            out = out * _seen(config, r, n)
+            out = out * _of_documents(config, r, n, r.seen_s)
         out = matmul(update_low, scores_s.T, SQUARE, init=out, staged=staged)
         if not config.staged:
             state = advanced(state)
@@ -280,7 +280,7 @@ def _update(config, r, w, n, columns, recalled):
     plgpu.barrier_wait(products.full(r, n))
     recalled = recalled * (-1.0 if config.tied else erase(-1.0))
     if config.mixing:
-        recalled = recalled * _seen(config, r, n)
+        recalled = recalled * _of_documents(config, r, n, r.seen_s)
     # T V - T (K S): V - K S rounded would lose of K S what is below V's last place, always to the same side
     forgotten, solve_t = recalled.astype(config.dtype), r.solve_s.at[made].T
     update = matmul([v_s.T, forgotten], [solve_t, solve_t], SQUARE, staged=part_of(r.state_stage, w))
@@ -302,10 +302,10 @@ def _update(config, r, w, n, columns, recalled):
     return low, (update * right).astype(config.dtype)
 
 
-def _seen(config, r, n):
-    """1 for the tokens of chunk n that see the state before it, else 0."""
+def _of_documents(config, r, n, ref):
+    """1 for the tokens of chunk n that ref (seen_s or last_s) is about, else 0."""
     at = jnp.where(crossed(r, config.keys.place(n)), 1 + config.products.place(n), 0)
-    return per_column(plgpu.load(r.seen_s.at[at], layout=COLS), SQUARE)
+    return per_column(plgpu.load(ref.at[at], layout=COLS), SQUARE)
 
 
 def _recall(config, r, w, state, tokens, scale=None):

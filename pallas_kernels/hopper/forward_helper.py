@@ -40,7 +40,7 @@ def chunks_of(config, r):
     return first, count if config.chunks % config.share else config.share
 
 
-def loads(config, r):
+def _loads(config, r):
     """(ring, function of n that sends for what of chunk n goes through it), in the order in which places get free."""
     head = lax.div(r.h, config.group)
     keys, queries, values = config.keys, config.queries, config.values
@@ -88,7 +88,7 @@ def _begin(config, r):
     plgpu.commit_smem()
     _, count = chunks_of(config, r)
     for n in range(min(config.keys.slots, config.chunks)):
-        for ring, load in loads(config, r)[::-1]:
+        for ring, load in _loads(config, r)[::-1]:
             if n < ring.slots - (config.ahead and ring is config.values):  # of which state warpgroups send for the next
                 pl.when(count > n)(lambda load=load, n=n: load(r.first + n))
 
@@ -103,7 +103,7 @@ def _send_on(config, r, n):
     """Sends for what has the places of chunk n next, which are free; but for values, if state warpgroups do."""
     _, count = chunks_of(config, r)
     plgpu.commit_smem()  # what read the place is done before the copy, which is another proxy, writes it
-    for ring, load in loads(config, r)[config.ahead :]:
+    for ring, load in _loads(config, r)[config.ahead :]:
         pl.when(n + ring.slots < count)(lambda ring=ring, load=load: load(n + ring.slots))
 
 
@@ -111,10 +111,10 @@ def loader(config, r, _):
     """A warpgroup that only sends for what its block reads, for all chunks in their order."""
     _begin(config, r)
     set_registers(LOADER_REGISTERS, config.warpgroups)
-    sends = loads(config, r)
+    loads = _loads(config, r)
     _, count = chunks_of(config, r)
 
-    lax.fori_loop(0, count, lambda n, _: recycle(r, sends, n, count), None)
+    lax.fori_loop(0, count, lambda n, _: recycle(r, loads, n, count), None)
 
 
 def helper(config, r, i):
@@ -196,7 +196,7 @@ def _scores(config, r, n):
     if config.scale != 1:
         scores = scores * config.scale
     scores = weighed(config, r, slot, scores)
-    if config.decayed or config.ahead:  # which masks them later
+    if config.decayed or config.ahead:  # masked by then, or by `_ahead` later
         scores = scores.astype(config.dtype)
     elif r.causal_s is not None:
         scores = scores.astype(config.dtype) * _causal(r)

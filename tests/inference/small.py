@@ -77,22 +77,24 @@ def _full(config):
 
 def full_logits(config, tokens_BT, seed=0):
     """[B, T, vocab] of one forward pass without a cache; T up to LENGTH, padded behind: the model is causal."""
+    return _logits(config, parameters(config, seed), tokens_BT)
+
+
+def _logits(config, params, tokens_BT):
     padded = np.zeros((len(tokens_BT), LENGTH), np.int32)
     padded[:, : tokens_BT.shape[1]] = tokens_BT
-    return np.asarray(_full(config)(parameters(config, seed), jnp.asarray(padded)))[:, : tokens_BT.shape[1]]
+    return np.asarray(_full(config)(params, jnp.asarray(padded)))[:, : tokens_BT.shape[1]]
 
 
 @functools.cache
 def rounding(config):
     """How far logits move, at most, when each parameter moves by its last place, up or down as drawn; the larger of two
     draws. Programs of one function differ by about as much: each of their sums is rounded in an order of its own."""
-    tokens = np.pad(draw_tokens(4, 23), ((0, 0), (0, LENGTH - 23)))
-    params = parameters(config)
-    run = lambda params: np.asarray(_full(config)(params, jnp.asarray(tokens)))
+    params, tokens = parameters(config), draw_tokens(4, 23)
 
     def moved(draw):
-        shift = lambda x: np.asarray(x) * np.float32(1 + draw.choice([-1, 1], x.shape) * 2.0**-23)
-        return np.abs(run(jax.tree.map(lambda x: jnp.asarray(shift(x), x.dtype), params)) - run(params)).max()
+        shift = lambda x: x * jnp.asarray(1 + draw.choice([-1, 1], x.shape) * 2.0**-23, x.dtype)
+        return np.abs(_logits(config, jax.tree.map(shift, params), tokens) - _logits(config, params, tokens)).max()
 
     return max(moved(np.random.default_rng(seed)) for seed in range(2))
 

@@ -99,6 +99,4 @@ def assert_accurate_alone(inputs, ids=None, **options):
 def in_whole_rows(monkeypatch):
     """The fused kernel with all columns of a head in a block, however few heads there are."""
     for name in ("mosaic", "forward", "few_heads", "pieces"):
-        module = importlib.import_module(f"pallas_kernels.hopper.{name}")
-        if hasattr(module, "PROCESSORS"):
-            monkeypatch.setattr(module, "PROCESSORS", 1)
+        monkeypatch.setattr(importlib.import_module(f"pallas_kernels.hopper.{name}"), "PROCESSORS", 1)

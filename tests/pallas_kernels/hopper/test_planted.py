@@ -168,10 +168,10 @@ def test_wrong_number(races, plant, name, old, new):
 
 # Of documents without decay: what is not seen, and what the state warpgroups forget.
 WRONG_OF_DOCUMENTS = {
-    "queries of the next document": ("forward", r"out = out \* _seen\(config, r, n\)", "pass"),
+    "queries of the next document": ("forward", r"out = out \* _of_documents\(.*\)", "pass"),
     "a state kept": ("forward", r"jnp\.where\(crossed\(r, slot\), 0\.0, 1\.0\)", "1.0"),
     "pairs of two documents": ("masks", r"jnp\.where\(_one_document\(r, slot\), tile, 0\.0\)", "tile"),
-    "what the next document's keys recall": ("forward", r"recalled = recalled \* _seen\(config, r, n\)", "pass"),
+    "what the next document's keys recall": ("forward", r"recalled = recalled \* _of_documents\(.*\)", "pass"),
     "updates of the document before": ("forward_helper", r"CHUNK - 1\], 1\.0, 0\.0\)", "CHUNK - 1], 1.0, 1.0)"),
     "a walk begun too late": ("forward_helper", r"return first - lead, count \+ lead", "return first, count"),
     "another part's map": ("summaries", r"return r\.leads\[r\.b, (.*) \+ 1\]", r"return r.leads[r.b, \1]"),
