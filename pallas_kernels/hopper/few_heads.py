@@ -22,7 +22,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from pallas_kernels.hopper.forward_helper import LOADER_REGISTERS, helper, loader
-from pallas_kernels.hopper.inverse import BLOCK, fresh
+from pallas_kernels.hopper.inverse import fresh
 from pallas_kernels.hopper.mosaic import (
     CHUNK,
     F32,
@@ -41,6 +41,7 @@ from pallas_kernels.hopper.mosaic import (
     stage,
 )
 from pallas_kernels.hopper.scan_state import in_piece, piece_of, state_warpgroup
+from pallas_kernels.hopper.unit_inverse import WORKSPACE
 
 HELPERS = 2
 # Of a thread. A launch gives five warpgroups 96 each.
@@ -53,7 +54,7 @@ def serves(heads, value_dim, vectors, *, tied, save):
 
 
 def forward(key, query, value, vectors, starts, *, scale, exact=False, share):
-    """Output [B, T, H, V] and final [B, H, V, K] float32, for a call that `serves`.
+    """Output [B, T, H, V] and final [B, H, K, V] float32, for a call that `serves`.
 
     Args: as of `forward`, but for
         starts: [B, H, P, V, K] float32, the state before each piece, or None for zeros.
@@ -62,18 +63,18 @@ def forward(key, query, value, vectors, starts, *, scale, exact=False, share):
     batch, length, key_heads, key_dim = key.shape
     heads, value_dim = value.shape[2:]
     dtype, chunks, shared = value.dtype, pl.cdiv(length, CHUNK), not interpreting()
-    inputs = dict(query=query, key=key, value=value, gain_v=vectors["gain"])
+    inputs = dict(query=query, key=key, value=value, gain=vectors["gain"])
     inputs |= dict(starts=starts) if starts is not None else {}
     outputs = dict(
         output=jax.ShapeDtypeStruct(value.shape, dtype),
-        final=jax.ShapeDtypeStruct((batch, heads, value_dim, key_dim), F32),
+        final=jax.ShapeDtypeStruct((batch, heads, key_dim, value_dim), F32),
     )
     streams = HELPERS * (1 + shared)  # that a head's chunks are dealt out to
     keys, queries, values = Ring.of("keys", 6, streams), Ring.of("queries", 2, streams), Ring.of("values", 2, streams)
     products = Ring.of("products", 3 if shared else 4, streams)
     states, updates = Ring.of("states", 1, 1), Ring.of("updates", 1, 1)
     own = dict(  # a place for each helper
-        ladder_s=smem((HELPERS, 2 * CHUNK, BLOCK), jnp.float16),
+        work_s=plgpu.SMEM((HELPERS, WORKSPACE), F32),
         keys_s=plgpu.SMEM((HELPERS, 4, CHUNK), F32),
         helper_stage=stage(jnp.float16, HELPERS),
     )
@@ -86,12 +87,11 @@ def forward(key, query, value, vectors, starts, *, scale, exact=False, share):
         states_s=smem((states.slots, 64, key_dim), dtype),
         updates_s=smem((updates.slots, *SQUARE), dtype),
         output_s=smem(SQUARE, dtype),
-        gain_s=plgpu.SMEM((keys.slots, CHUNK), F32),
         numbers_r=plgpu.SMEM((CHUNK,), jnp.int32),  # 0 … 63, to be read by rows and by columns
         numbers_c=plgpu.SMEM((CHUNK,), jnp.int32),
         state_stage=stage(dtype, 1),
         output_stage=stage(dtype, 1),
-        **keys.barriers(2, 2),
+        **keys.barriers(1, 2),
         **queries.barriers(1, 1),
         **values.barriers(1, 1),
         **products.barriers(1, 1, shared),

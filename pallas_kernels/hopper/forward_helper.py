@@ -8,10 +8,11 @@ import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax import lax
 
-from pallas_kernels.hopper.inverse import fresh, write_inverse
-from pallas_kernels.hopper.masks import crossed, weighed
+from pallas_kernels.hopper.inverse import fresh, gain_of, write_inverse
+from pallas_kernels.hopper.masks import crossed, document_rows, weighed
 from pallas_kernels.hopper.mosaic import (
     CHUNK,
+    COLS,
     ROWS,
     SQUARE,
     TILE,
@@ -19,12 +20,15 @@ from pallas_kernels.hopper.mosaic import (
     iota,
     matmul,
     part_of,
+    per_column,
+    per_row,
     place,
     recycle,
     set_registers,
     write_numbers,
 )
 from pallas_kernels.hopper.scan_state import piece_of
+from pallas_kernels.hopper.warps import put_rows
 
 LOADER_REGISTERS = 24
 
@@ -50,13 +54,13 @@ def _loads(config, r):
     def load_keys(n):
         rows, slot, bar = rows_of(n), keys.place(n), keys.full(r, n)
         plgpu.copy_gmem_to_smem(r.key.at[r.b, rows, head], r.k_s.at[slot], bar)
-        for name in ("gain_s", "left_s", "right_s", "sums_r", "sums_c"):
+        for name in ("left_s", "right_s", "sums_r", "sums_c"):
             target = getattr(r, name)
             if target is not None:
                 source = getattr(r, name[:-1] + "v")
                 plgpu.copy_gmem_to_smem(source.at[r.b, r.h, rows], target.at[slot], bar)
         if config.masked:
-            for target in (r.documents_r, r.documents_c):
+            for target in (r.documents_c,) if config.ahead else (r.documents_r, r.documents_c):
                 plgpu.copy_gmem_to_smem(r.documents.at[r.b, rows], target.at[slot], bar)
 
     def load_queries(n):
@@ -80,11 +84,12 @@ def send_for_values(config, r, n, w, wanted=None):
 def _begin(config, r):
     """What all read, and then the first copies, for which all wait."""
     write_numbers(r)
-    if r.causal_s is not None:
+    if config.ahead:
+        for w in range(config.writers):
+            mask = jnp.where(iota(0, 32) <= iota(1, 32) + 32 * w, 1.0, 0.0)
+            r.causal_s.at[r.first, w][...] = mask.astype(config.dtype)
+    elif r.causal_s is not None:
         r.causal_s[...] = jnp.where(iota(0) >= iota(1), 1.0, 0.0).astype(config.dtype)
-    if config.mixing:
-        for ref in (r.last_s, r.seen_s):
-            ref.at[r.first][...] = plgpu.layout_cast(jnp.ones((CHUNK,), ref.dtype), ROWS)
     plgpu.commit_smem()
     _, count = chunks_of(config, r)
     for n in range(min(config.keys.slots, config.chunks)):
@@ -96,13 +101,13 @@ def _begin(config, r):
 def _recycle(config, r, n):
     """As `recycle`, of places all of which are free at a time."""
     plgpu.barrier_wait(config.keys.free(r, n))
+    plgpu.commit_smem()  # what read the place is done before the copy, which is another proxy, writes it
     _send_on(config, r, n)
 
 
 def _send_on(config, r, n):
     """Sends for what has the places of chunk n next, which are free; but for values, if state warpgroups do."""
     _, count = chunks_of(config, r)
-    plgpu.commit_smem()  # what read the place is done before the copy, which is another proxy, writes it
     for ring, load in _loads(config, r)[config.ahead :]:
         pl.when(n + ring.slots < count)(lambda ring=ring, load=load: load(n + ring.slots))
 
@@ -127,20 +132,25 @@ def helper(config, r, i):
     if not config.fed:
         pl.when(i == 0)(lambda: _begin(config, r))
 
-    def step(turn, carry):
+    first, count = chunks_of(config, r)
+    tokens = lambda n: pl.ds((first + n) * CHUNK, CHUNK)
+    next_gain = lambda n: gain_of(r, first + jnp.minimum(n, count - 1))
+
+    def step(turn, gain):
         n = turn * config.streams + stream
+        coming = next_gain(n + config.streams)
+        r.document_rows = lambda: plgpu.load(r.documents.at[r.b, tokens(n)], layout=ROWS, optimized=False)
         plgpu.barrier_wait(keys.full(r, n))
-        (_ahead if config.ahead else _in_turn)(config, r, lambda: n + fresh(r))
+        (_ahead if config.ahead else _in_turn)(config, r, lambda: n + fresh(r), gain)
         plgpu.commit_smem()
         plgpu.barrier_arrive(products.full(r, n + fresh(r)))
         if config.ahead:
             last = n + fresh(r) - config.helpers
             pl.when(last >= 0)(lambda: _send_on(config, r, last))
-        return carry
+        return coming
 
-    _, count = chunks_of(config, r)
     turns = lax.div(count - 1 - stream + config.streams, jnp.int32(config.streams))
-    lax.fori_loop(0, turns, step, None)
+    lax.fori_loop(0, turns, step, next_gain(stream))
     if config.shared:
         return
     if not config.fed:
@@ -157,7 +167,7 @@ def helper(config, r, i):
     plgpu.wait_smem_to_gmem(0)
 
 
-def _in_turn(config, r, n):
+def _in_turn(config, r, n, gain):
     """What is made of chunk n(), each part written as soon as it is made; which is when its place is free."""
 
     def midway():
@@ -165,7 +175,7 @@ def _in_turn(config, r, n):
             at = n()
             pl.when(at >= config.helpers)(lambda: _recycle(config, r, at - config.helpers))
 
-    write_inverse(config, r, config.keys.place(n()), partial(_put, config, r, n), midway)
+    write_inverse(config, r, config.keys.place(n()), gain, partial(_put, config, r, n), midway)
     if r.scores_s is not None:
         _put(config, r, n, "scores_s", _scores(config, r, n()))
     if config.mixing:
@@ -174,41 +184,36 @@ def _in_turn(config, r, n):
         pl.when(r.c == 0)(lambda: _save(config, r, n()))
 
 
-def _ahead(config, r, n):
-    """The same, made before there is a place for it."""
+def _ahead(config, r, n, gain):
+    """The inverse of chunk n(), made before there is a place for it; scores are the state warpgroups'."""
     made = {}
     keep = lambda name, value: made.update({name: lax.optimization_barrier(value)})
-    write_inverse(config, r, config.keys.place(n()), keep, lambda: None)
-    keep("scores_s", _scores(config, r, n()))
+    write_inverse(config, r, config.keys.place(n()), gain, keep, lambda: None)
     at = n()
     pl.when(at >= config.helpers)(lambda: plgpu.barrier_wait(config.keys.free(r, at - config.helpers)))
-    for name, value in made.items():
-        if name == "scores_s":  # here, where there are registers for it
-            value = value * _causal(r)
-        _put(config, r, n, name, value)
+    put_rows(r.erase_s.at[config.products.place(n())], made["erase_s"])
+    _put(config, r, n, "solve_s", made["solve_s"])
+    if config.mixing:
+        _part_documents(config, r, n())
 
 
 def _scores(config, r, n):
-    """P of chunk n, rounded; ahead, not yet masked."""
+    """P of chunk n, rounded."""
     slot = config.keys.place(n)
     plgpu.barrier_wait(config.queries.full(r, n))
     scores = matmul(r.q_s.at[config.queries.place(n)], r.k_s.at[slot].T, SQUARE)
     if config.scale != 1:
         scores = scores * config.scale
     scores = weighed(config, r, slot, scores)
-    if config.decayed or config.ahead:  # masked by then, or by `_ahead` later
+    if config.decayed:  # masked by then
         scores = scores.astype(config.dtype)
     elif r.causal_s is not None:
-        scores = scores.astype(config.dtype) * _causal(r)
+        # a product of two numbers at once is cheaper than a choice
+        scores = scores.astype(config.dtype) * plgpu.load(r.causal_s.at[pl.ds(fresh(r) * CHUNK, CHUNK)], layout=TILE)
     else:
         row, column = place(r)
         scores = lax.optimization_barrier(jnp.where(row >= column, scores, 0.0)).astype(config.dtype)
     return scores
-
-
-def _causal(r):
-    """1 on and below the diagonal, else 0: a product with it, two numbers at once, is cheaper than a choice."""
-    return plgpu.load(r.causal_s.at[pl.ds(fresh(r) * CHUNK, CHUNK)], layout=TILE)
 
 
 def _part_documents(config, r, n):
@@ -217,9 +222,15 @@ def _part_documents(config, r, n):
 
     @pl.when(crossed(r, slot))
     def _():
-        numbers, at = plgpu.load(r.documents_r.at[slot], layout=ROWS), 1 + config.products.place(n)
-        r.last_s.at[at][...] = jnp.where(numbers == r.documents_c[slot, CHUNK - 1], 1.0, 0.0).astype(config.dtype)
-        r.seen_s.at[at][...] = jnp.where(numbers == 0, 1.0, 0.0)
+        numbers, made = document_rows(r, slot), config.products.place(n)
+        r.last_s.at[made][...] = jnp.where(numbers == r.documents_c[slot, CHUNK - 1], 1.0, 0.0)
+        r.seen_s.at[made][...] = jnp.where(numbers == 0, 1.0, 0.0)
+        if config.ahead:
+            columns = plgpu.load(r.documents_c.at[slot], layout=COLS)
+            for w in range(config.writers):
+                row, column = (x + 32 * w * axis for axis, x in enumerate(place(r, 32)))
+                same = per_row(numbers, (CHUNK, 32)) == per_column(columns[32 * w : 32 * w + 32], (CHUNK, 32))
+                r.causal_s.at[1 + made, w][...] = jnp.where((row <= column) & same, 1.0, 0.0).astype(config.dtype)
 
 
 def _put(config, r, n, name, value):

@@ -32,8 +32,13 @@ def crossed(r, slot):
     return r.documents_c[slot, CHUNK - 1] != 0
 
 
+def document_rows(r, slot):
+    """Documents of the chunk in place `slot`, in ROWS layout; where there is no copy to be read so, from `r`."""
+    return r.document_rows() if r.documents_r is None else plgpu.load(r.documents_r.at[slot], layout=ROWS)
+
+
 def _one_document(r, slot):
-    documents = (plgpu.load(r.documents_r.at[slot], layout=ROWS), plgpu.load(r.documents_c.at[slot], layout=COLS))
+    documents = (document_rows(r, slot), plgpu.load(r.documents_c.at[slot], layout=COLS))
     return per_row(documents[0], SQUARE) == per_column(documents[1], SQUARE)
 
 

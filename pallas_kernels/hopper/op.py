@@ -1,7 +1,7 @@
 """The delta rule on a Hopper GPU: from the arrays of the op to those of the kernels, and back.
 
-What XLA does here besides: transposes per-token numbers to [B, H, T] (4 bytes a token and head against 1024 of q, k, v
-and o at K = V = 128), sums log-decays within chunks, pads K and V to 64 or 128 and T to a multiple of 8, and, where
+What XLA does here besides: transposes per-token numbers but β to [B, H, T] (4 bytes a token and head against 1024 of q,
+k, v and o at K = V = 128), sums log-decays within chunks, pads K and V to 64 or 128 and T to a multiple of 8, and, where
 write differs from erase, multiplies the values by write.
 """
 
@@ -81,7 +81,7 @@ def forward(query, key, value, erase, write, log_decay, initial_state, begins, *
     residuals = ()
     if save:
         residuals = tuple(out[name] for name in (*_saved(exact), "maps") if name in out)
-    return out["output"][:, :length, :, :value_dim], _state(out["final"], key_dim, value_dim), residuals
+    return out["output"][:, :length, :, :value_dim], out["final"][:, :, :key_dim, :value_dim], residuals
 
 
 def _plan(save, value, key):
@@ -105,7 +105,7 @@ def _by_scan(query, key, value, vectors, documents, initial, plan, options, exac
     gain, given = vectors["gain"], vectors
     vectors = {name: x for name, x in vectors.items() if name != "gain"}
     if save or not tied:  # else the inverse has it
-        vectors |= dict(erase=made.get("erase", gain))
+        vectors |= dict(erase=made["erase"] if "erase" in made else _by_head(gain))
     starts, maps = _of_one_piece(initial), None
     if parts.bounds[-1]:
         leads = None if documents is None else _borders(documents, parts.bounds)[0]
@@ -138,7 +138,7 @@ def _by_documents(query, key, value, vectors, documents, initial, options, exact
     made = prepare(key, vectors, documents, value.dtype, chunks=parts.bounds[-1], save=False, exact=exact, **kind)
     rest = {name: x.reshape(batch, 1, -1).astype(jnp.float32) for name, x in _first_and_last(documents).items()}
     if not options["tied"]:  # else the inverse has it
-        rest |= dict(erase=made.get("erase", gain["gain"]))
+        rest |= dict(erase=made["erase"] if "erase" in made else _by_head(gain["gain"]))
     summed = summaries(key, value, made["solve"], rest, initial, parts=parts, **kind)
     starts = chain(initial, summed["maps"], summed["ends"], range(len(parts.bounds)), leads)
     return forward_kernel(key, query, value, gain, documents, starts, share=share, leads=leads, **options)
@@ -199,8 +199,8 @@ def _backward_vectors(vectors, saved, exact):
     """The vectors of the forward kernel as those of the backward one."""
     rest = {name: x for name, x in vectors.items() if name != "gain"}
     if exact:
-        return rest | dict(beta=vectors["gain"], erase=saved["erase"], square=saved["square"])
-    return rest | dict(erase=vectors["gain"])
+        return rest | dict(beta=_by_head(vectors["gain"]), erase=saved["erase"], square=saved["square"])
+    return rest | dict(erase=_by_head(vectors["gain"]))
 
 
 def _borders(documents, bounds):
@@ -285,6 +285,11 @@ def _per_key_head(x, key_heads):
     return jnp.sum(grouped, 3, dtype=jnp.float32).astype(x.dtype)
 
 
+def _by_head(x):
+    """[B, T, H] <-> [B, H, T]."""
+    return jnp.swapaxes(x, 1, 2)
+
+
 def _chunked(x):
     """[..., T] -> [..., N, C]."""
     missing = -x.shape[-1] % CHUNK
@@ -302,18 +307,19 @@ def _reach(documents):
 
 
 def _vectors(gain, log_decay, begins):
-    """What the kernels read per token, [B, H, N·64] float32, and documents [B, N·64] int32, how many of its chunk began
-    up to the token: 0 is that which the chunk before ended with. None without begins."""
-    by_head = lambda x: _chunked(jnp.swapaxes(x.astype(jnp.float32), 1, 2))
-    gain = by_head(gain)
-    vectors = dict(gain=gain)
+    """What the kernels read per token, float32, gain [B, N·64, H] and all else [B, H, N·64]; and documents [B, N·64]
+    int32, how many of its chunk began up to the token: 0 is that which the chunk before ended with. None without
+    begins."""
+    by_head = lambda x: _chunked(_by_head(x.astype(jnp.float32)))
+    gain = jnp.pad(gain.astype(jnp.float32), ((0, 0), (0, -gain.shape[1] % CHUNK), (0, 0)))
+    vectors = {}
     first = last = jnp.ones((), bool)
     documents = None
     if begins is not None:
         begun = _chunked(begins)  # padding belongs to the last document
         documents = jnp.sum(jnp.where(_reach(None)[:, 0], begun[..., None, :], False), -1, dtype=jnp.int32)
         first, last = (x[:, None] for x in _first_and_last(documents).values())
-        ones = jnp.ones_like(gain)
+        ones = jnp.ones_like(by_head(gain))
         vectors |= dict(left=jnp.where(first, ones, 0), right=jnp.where(last, ones, 0))
     if log_decay is not None:
         sums = jnp.sum(jnp.where(_reach(documents), by_head(log_decay)[..., None, :], 0), -1)
@@ -323,7 +329,9 @@ def _vectors(gain, log_decay, begins):
             right=jnp.where(last, jnp.exp(jnp.where(last, sums[..., -1:] - sums, 0)), 0),
         )
     flat = lambda x: x.reshape(*x.shape[:-2], -1)
-    return {name: flat(x) for name, x in vectors.items()}, None if documents is None else flat(documents)
+    return dict(gain=gain) | {name: flat(x) for name, x in vectors.items()}, None if documents is None else flat(
+        documents
+    )
 
 
 def _first_and_last(documents):

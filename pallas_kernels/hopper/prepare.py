@@ -12,7 +12,7 @@ import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax import lax
 
-from pallas_kernels.hopper.inverse import BLOCK, fresh, write_inverse
+from pallas_kernels.hopper.inverse import fresh, gain_of, write_inverse
 from pallas_kernels.hopper.mosaic import (
     CHUNK,
     F32,
@@ -25,6 +25,7 @@ from pallas_kernels.hopper.mosaic import (
     write_numbers,
 )
 from pallas_kernels.hopper.scan_state import skipped
+from pallas_kernels.hopper.unit_inverse import WORKSPACE
 
 
 def prepare(key, vectors, documents, dtype, *, chunks, tied, save, exact=False, leads=None):
@@ -32,7 +33,7 @@ def prepare(key, vectors, documents, dtype, *, chunks, tied, save, exact=False, 
 
     Args:
         key: [B, T, Hk, K], K 64 or 128, bfloat16 or float16.
-        vectors: gain [B, H, N·64] float32, and with decay sums and left, as `forward` takes them.
+        vectors: gain, and with decay sums and left, as `forward` takes them.
         documents: [B, N·64] int32 or None.
         dtype: of the results that are matrices.
         chunks: n, of which so many are prepared, the first ones.
@@ -44,9 +45,9 @@ def prepare(key, vectors, documents, dtype, *, chunks, tied, save, exact=False, 
         not folded erase, and if saved too square (λ), [B, H, n·64] float32.
     """
     batch, _, _, key_dim = key.shape
-    heads = vectors["gain"].shape[1]
+    heads = vectors["gain"].shape[2]
     masked, decayed, summed = documents is not None, "left" in vectors, "sums" in vectors
-    inputs = dict(key=key, gain_v=vectors["gain"])
+    inputs = dict(key=key, gain=vectors["gain"])
     if summed:
         inputs["sums_v"] = vectors["sums"]
     inputs |= {name: x for name, x in dict(documents=documents, leads=leads).items() if x is not None}
@@ -64,7 +65,6 @@ def prepare(key, vectors, documents, dtype, *, chunks, tied, save, exact=False, 
     vector = plgpu.SMEM((count, 1, CHUNK), F32)
     own = dict(  # a place for each warpgroup
         k_s=smem((count, 1, CHUNK, key_dim), dtype),
-        gain_s=vector,
         sums_r=vector if summed else None,
         sums_c=vector if summed else None,
         documents_r=plgpu.SMEM((count, 1, CHUNK), jnp.int32) if masked else None,
@@ -74,14 +74,14 @@ def prepare(key, vectors, documents, dtype, *, chunks, tied, save, exact=False, 
         square_s=plgpu.SMEM((count, CHUNK), F32) if save and exact else None,
         cosines_s=smem((count, *SQUARE), jnp.float16) if both else None,
         inverse_s=smem((count, *SQUARE), dtype) if both else None,
-        ladder_s=smem((count, 2 * CHUNK, BLOCK), jnp.float16),
+        work_s=plgpu.SMEM((count, WORKSPACE), F32),
         keys_s=plgpu.SMEM((count, 4, CHUNK), F32),  # of each key: norm, one over it, that times cλ, one over cλ
         helper_stage=stage(jnp.float16, count),
     )
     scratch = own | dict(
         numbers_r=plgpu.SMEM((CHUNK,), jnp.int32),  # 0 … 63, to be read by rows and by columns
         numbers_c=plgpu.SMEM((CHUNK,), jnp.int32),
-        full=plgpu.Barrier(num_arrivals=2 + 2 * summed + 2 * masked, num_barriers=count),
+        full=plgpu.Barrier(num_arrivals=1 + 2 * summed + 2 * masked, num_barriers=count),
         ready=plgpu.Barrier(num_arrivals=1),
     )
     shares, blocks = max(1, min(PROCESSORS // (batch * heads), pl.cdiv(chunks, count))), 1
@@ -119,7 +119,7 @@ def _chunks(config, r, i):
         n, slot = first + turn * config.stride, r.first
         rows = pl.ds(n * CHUNK, CHUNK)
         plgpu.copy_gmem_to_smem(r.key.at[r.b, rows, lax.div(r.h, config.group)], r.k_s.at[slot], full)
-        for name in ("gain_s", "sums_r", "sums_c"):
+        for name in ("sums_r", "sums_c"):
             if getattr(r, name) is not None:
                 source = getattr(r, name[:-1] + "v").at[r.b, r.h, rows]
                 plgpu.copy_gmem_to_smem(source, getattr(r, name).at[slot], full)
@@ -129,7 +129,10 @@ def _chunks(config, r, i):
 
     pl.when(first < end)(lambda: load(r.first))
 
-    def step(turn, carry):
+    next_gain = lambda turn: gain_of(r, jnp.minimum(first + turn * config.stride, config.chunks - 1))
+
+    def step(turn, gain):
+        coming = next_gain(turn + 1)
         plgpu.barrier_wait(full)
 
         def midway():
@@ -140,13 +143,13 @@ def _chunks(config, r, i):
             getattr(r, name).at[r.first][...] = value
 
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # what the chunk before left here has been copied
-        write_inverse(config, r, fresh(r), put, midway)
+        write_inverse(config, r, fresh(r), gain, put, midway)
         plgpu.commit_smem()
         _leave(config, r, first + turn * config.stride)
-        return carry
+        return coming
 
     turns = lax.div(jnp.maximum(end - first, 0) + config.stride - 1, jnp.int32(config.stride))
-    lax.fori_loop(0, turns, step, None)
+    lax.fori_loop(0, turns, step, next_gain(0))
     plgpu.wait_smem_to_gmem(0)
 
 

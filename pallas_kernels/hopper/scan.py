@@ -47,14 +47,14 @@ def scan(key, query, value, solve, vectors, documents, starts, *, scale, tied, s
         share: chunks of a piece, of which the last may have fewer.
 
     Returns:
-        output [B, T, H, V], final [B, H, V, K] float32; with save also states [B, H, N, V, K] and solved [B, T, H, V].
+        output [B, T, H, V], final [B, H, K, V] float32; with save also states [B, H, N, V, K] and solved [B, T, H, V].
     """
     batch, length, heads, value_dim = value.shape
     key_dim, dtype = key.shape[-1], value.dtype
     chunks = pl.cdiv(length, CHUNK)
     outputs = dict(
         output=jax.ShapeDtypeStruct(value.shape, dtype),
-        final=jax.ShapeDtypeStruct((batch, heads, value_dim, key_dim), F32),
+        final=jax.ShapeDtypeStruct((batch, heads, key_dim, value_dim), F32),
     )
     if save:
         outputs |= dict(

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from pallas_kernels.hopper.mosaic import CHUNK, COLS, F32, SQUARE, TILE, matmul, part_of, per_column, product
+from pallas_kernels.hopper.warps import put_transposed
 
 
 def in_piece(role):
@@ -45,7 +46,7 @@ def state_warpgroup(config, r, w):
 
     @pl.when(piece == config.pieces - 1)
     def _():
-        r.final.at[r.b, r.h, columns][...] = state
+        put_transposed(r.final.at[r.b, r.h, :, columns], state)
 
     plgpu.wait_smem_to_gmem(0)
 

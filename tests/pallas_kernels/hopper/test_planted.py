@@ -59,7 +59,7 @@ def results(length=200, **options):
 LATE = {
     "places": (
         "forward_helper",
-        r"( +plgpu\.barrier_wait\(config\.keys\.free\(r, n\)\)\n)( +_send_on\(config, r, n\)\n)",
+        r"( +plgpu\.barrier_wait\(config\.keys\.free\(r, n\)\)\n)(.*commit_smem.*\n +_send_on\(config, r, n\)\n)",
         r"\2\1",
     ),
     "helpers": ("forward_helper", r"part_of\(getattr\(r, name\), i\)", "part_of(getattr(r, name), 0)"),
@@ -87,12 +87,9 @@ def found(races, run=results, **options):
 # written where values are.
 AHEAD = {
     "helpers": ("forward_helper", r"(    pl\.when\(at >= config\.helpers\)\(lambda: plgpu.*\n)((?:.*\n){4})", r"\2\1"),
-    "values": ("forward", r"        plgpu\.wait_smem_to_gmem\(0, wait_read_only=True\)\n( +_, count)", r"\1"),
-    "output": (
-        "forward",
-        r"config\.values\.place\(n\), w\] if config\.ahead",
-        "config.values.place(n + 1), w] if config.ahead",
-    ),
+    "values": ("forward_state", r"    plgpu\.wait_smem_to_gmem\(0, wait_read_only=True\)\n( +_, count)", r"\1"),
+    "output": ("forward_state", r"columns, v_s\)", "columns, r.v_s.at[config.values.place(n + 1), w])"),
+    "scores": ("forward_state", r" +plgpu\.barrier_wait\(r\.scores_full.*\n", ""),
 }
 
 
@@ -151,7 +148,7 @@ def test_missing_wait(races, plant):
 
 
 WRONG = {
-    "values of another chunk": ("forward", r"r\.v_s\.at\[values\.place\(n\), w", "r.v_s.at[0, w"),
+    "values of another chunk": ("forward_state", r"r\.v_s\.at\[values\.place\(n\), w", "r.v_s.at[0, w"),
     "gradient over a document border": (
         "backward",
         r"per_row\(documents\[0\], SQUARE\) == ",
@@ -168,19 +165,26 @@ def test_wrong_number(races, plant, name, old, new):
 
 # Of documents without decay: what is not seen, and what the state warpgroups forget.
 WRONG_OF_DOCUMENTS = {
-    "queries of the next document": ("forward", r"out = out \* _of_documents\(.*\)", "pass"),
-    "a state kept": ("forward", r"jnp\.where\(crossed\(r, slot\), 0\.0, 1\.0\)", "1.0"),
+    "queries of the next document": ("forward_state", r"out = _within\(.*\)", "pass"),
+    "a state kept": ("forward_state", r"emptied_if\(.*, state\)", "state"),
     "pairs of two documents": ("masks", r"jnp\.where\(_one_document\(r, slot\), tile, 0\.0\)", "tile"),
-    "what the next document's keys recall": ("forward", r"recalled = recalled \* _of_documents\(.*\)", "pass"),
+    "what the next document's keys recall": ("forward_state", r"recalled = _within\(.*\)", "pass"),
     "updates of the document before": ("forward_helper", r"CHUNK - 1\], 1\.0, 0\.0\)", "CHUNK - 1], 1.0, 1.0)"),
     "a walk begun too late": ("forward_helper", r"return first - lead, count \+ lead", "return first, count"),
     "another part's map": ("summaries", r"return r\.leads\[r\.b, (.*) \+ 1\]", r"return r.leads[r.b, \1]"),
 }
 
 
-def results_of_documents():
+# The same where helpers are ahead: with all columns of a head in a block.
+WRONG_OF_DOCUMENTS_AHEAD = {
+    "scores of two documents": ("forward_helper", r"\(row <= column\) & same", "row <= column"),
+    "updates that are not the last document's": ("forward_state", r"late = _within\(.*\)", "pass"),
+} | {name: WRONG_OF_DOCUMENTS[name] for name in ("queries of the next document", "a state kept")}
+
+
+def results_of_documents(value_dim=64):
     """Of a row in four pieces, a piece walked from before, and one from a state that is summed up."""
-    inputs, _ = rounded(batch=1, length=488)
+    inputs, _ = rounded(batch=1, length=488, value_dim=value_dim)
     ids = documents((75, 100, 170, 440), 1, 488)
     kernels, xla = (attend(inputs, ids, implementation=name) for name in ("pallas_gpu", "xla"))
     return kernels, attend(inputs, ids, np.float64, implementation="scan"), xla
@@ -205,16 +209,30 @@ def test_wrong_number_of_documents(races, plant, monkeypatch, name, old, new):
     assert too_far(*results_of_documents())
 
 
+@pytest.mark.parametrize(
+    ("name", "old", "new"),
+    [
+        pytest.param(*bug, id=name, marks=pytest.mark.slow if n else ())
+        for n, (name, bug) in enumerate(WRONG_OF_DOCUMENTS_AHEAD.items())
+    ],
+)
+def test_wrong_number_of_documents_ahead(races, plant, monkeypatch, name, old, new):
+    in_four_pieces(monkeypatch)
+    monkeypatch.setattr(importlib.import_module("pallas_kernels.hopper.forward"), "PROCESSORS", 0)
+    plant(name, old, new)
+    assert too_far(*results_of_documents(value_dim=128))
+
+
 @pytest.mark.slow
 def test_output_of_another_piece(races, plant, monkeypatch):
     """What a piece makes of the chunks before it, the piece before writes too."""
     in_four_pieces(monkeypatch)
-    plant("forward", r"n >= r\.lead if mixing else None", "None")
+    plant("forward_state", r"n >= r\.lead if config\.mixing else None", "None")
     assert found(races, results_of_documents)
 
 
 def test_nothing_planted(interpreted, plant):
     """The copy itself is sound."""
-    for name in ("forward", "backward"):
+    for name in ("forward", "forward_state", "backward"):
         plant(name, "SQUARE", "SQUARE")
     assert not too_far(*results())

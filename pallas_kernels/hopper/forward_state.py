@@ -1,0 +1,241 @@
+"""The state warpgroups of `pallas_kernels.hopper.forward`: 64 columns of the state each, one chunk after the other."""
+
+from functools import partial
+from typing import Any
+
+import jax.experimental.pallas as pl
+import jax.experimental.pallas.mosaic_gpu as plgpu
+import jax.numpy as jnp
+from jax import lax
+
+from pallas_kernels.hopper.forward_helper import chunks_of, send_for_values
+from pallas_kernels.hopper.masks import crossed, only_if
+from pallas_kernels.hopper.mosaic import (
+    CHUNK,
+    COLS,
+    F32,
+    ROWS,
+    SQUARE,
+    TILE,
+    copy_out,
+    matmul,
+    part_of,
+    per_column,
+    product,
+    set_registers,
+)
+from pallas_kernels.hopper.warps import emptied_if, put_transposed, scaled_if
+
+
+def state(config, r, w):
+    """One state warpgroup: columns 64w … 64w+63 of the block's part of the state."""
+    set_registers(config.state_registers, config.warpgroups)
+    columns = pl.ds((r.rank * config.writers + w) * 64, 64)
+    _, count = chunks_of(config, r)
+    start = plgpu.layout_cast(jnp.zeros((64, config.key_dim), F32), TILE)
+    if config.given:
+        load = lambda _: plgpu.load(r.starts.at[r.b, r.h, r.piece, columns], layout=TILE, optimized=False)
+        start = only_if(r.lead < 0, load, start) if config.mixing else load(start)
+    r.scale_s.at[w][...] = plgpu.layout_cast(jnp.full((CHUNK,), config.scale, F32), ROWS)
+    plgpu.commit_smem()
+    step = partial(_step_ahead if config.ahead else _step, config, r, w, columns)
+    end = lax.fori_loop(0, count, step, start)
+
+    @pl.when(r.piece == config.pieces - 1)
+    def _():
+        put_transposed(r.final.at[r.b, r.h, :, columns], end)
+
+    plgpu.wait_smem_to_gmem(0)
+
+
+def _step(config, r, w, columns, n, state):
+    """The state after chunk n, of that before it; its output to device memory."""
+    staged = part_of(r.state_stage, w)
+    keys, queries, products = config.keys, config.queries, config.products
+    slot, scores_s = keys.place(n), r.scores_s.at[products.place(n)]
+    k_s, q_s = r.k_s.at[slot], r.q_s.at[queries.place(n)]
+    left = lambda: per_column(plgpu.load(r.left_s.at[slot], layout=COLS), SQUARE)
+    plgpu.barrier_wait(keys.full(r, n))
+    _to_stage(config, r, w, n, columns, state)
+    state, recalled = _recall(config, r, w, state, k_s)
+    update_low, left_over = _update(config, r, w, n, columns, recalled * left() if config.decayed else recalled)
+    state, update_low, left_over = lax.optimization_barrier((state, update_low, left_over))
+
+    def advanced(state):
+        if config.decayed:
+            state = state * r.left_s[slot, CHUNK - 1]
+        elif config.mixing:
+            state = emptied_if(crossed(r, slot), state)
+        return matmul(left_over, k_s, state.shape, init=state, staged=staged)
+
+    if config.staged:  # the state before is still in the stage
+        state = lax.optimization_barrier(advanced(state))
+    plgpu.barrier_wait(queries.full(r, n))
+    state, out = _recall(config, r, w, state, q_s, r.scale_s[w, 0])
+    if config.decayed:
+        out = out * left()
+    if config.mixing:
+        out = _within(config, r, n, out, r.seen_s)
+    out = matmul(update_low, scores_s.T, SQUARE, init=out, staged=staged)
+    if not config.staged:
+        state = advanced(state)
+    free = lambda: plgpu.barrier_arrive(keys.free(r, n))  # of all places of the chunk, other rings' too
+    if not config.save:
+        free()
+    plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+    if config.save:  # E has left the place of V
+        free()
+    _write(config, r, n, columns, r.stage_s.at[w, 0], out)
+    return state
+
+
+def _step_ahead(config, r, w, columns, n, state):
+    """The same, where helpers are ahead and make the inverse only."""
+    keys, queries, products = config.keys, config.queries, config.products
+    staged = part_of(r.state_stage, w)
+    k_s, q_s = r.k_s.at[keys.place(n)], r.q_s.at[queries.place(n)]
+    made, v_s = products.place(n), r.v_s.at[config.values.place(n), w]
+    erase = lambda: per_column(plgpu.load(r.erase_s.at[made], layout=COLS), SQUARE)
+    plgpu.barrier_wait(keys.full(r, n))
+    recalled = _read(config, staged, state, k_s)
+    plgpu.barrier_wait(queries.full(r, n))
+    plgpu.barrier_wait(config.values.full(r, n))
+    plgpu.barrier_wait(products.full(r, n))
+    recalled = recalled * (-1.0 if config.tied else erase() * -1.0)
+    if config.mixing:
+        recalled = _within(config, r, n, recalled, r.seen_s)
+    update = _solve(config, r, w, n, recalled.astype(config.dtype))
+    # for the next values, where those of the chunk before were and then its output
+    plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+    _, count = chunks_of(config, r)
+    send_for_values(config, r, n + 1, w, n + 1 < count)
+    late = low = (update * erase() if config.tied else update).astype(config.dtype)
+    state, low = lax.optimization_barrier((state, low))
+    state, out = _recall(config, r, w, state, q_s, r.scale_s[w, 0])
+    if config.mixing:
+        out = _within(config, r, n, out, r.seen_s)
+        state = emptied_if(crossed(r, keys.place(n)), state)
+        late = _within(config, r, n, low, r.last_s)
+    plgpu.barrier_wait(r.scores_full.at[made])
+    operands = (low, r.scores_s.at[made].T), (late, k_s)
+    write = partial(_write, config, r, n, columns, v_s)
+    if staged is not None:  # the interpreter knows no accumulators with a first value
+        write(matmul(*operands[0], SQUARE, init=out, staged=staged))
+        state = matmul(*operands[1], state.shape, init=state, staged=staged)
+    else:
+
+        def advance(accs):
+            for acc, (left, right) in zip(accs, operands, strict=True):
+                product(acc, left, right)
+            write(lax.optimization_barrier(plgpu.wgmma_accumulator_load(accs[0], wait_n=1)))  # while the state advances
+
+        _, state = lax.optimization_barrier(pl.run_state(advance)((plgpu.ACC.init(out), plgpu.ACC.init(state))))
+    plgpu.barrier_arrive(keys.free(r, n))
+    return state
+
+
+def _read(config, staged, state, tokens_s):
+    """Sᵀ tokensᵀ, waited for once."""
+    parts = [pl.ds(part * 64, 64) for part in range(config.key_dim // 64)]
+    low = [state[:, part.start : part.start + 64].astype(config.dtype) for part in parts]
+    return matmul(low, [tokens_s.at[:, part].T for part in parts], SQUARE, staged=staged)
+
+
+def _solve(config, r, w, n, forgotten):
+    """Uᵀ or Eᵀ, T V - T (K S); meanwhile this warpgroup's half of the rows of P, which both read later."""
+    rows, made = pl.ds(32 * w, 32), config.products.place(n)
+    k_s, q_s = r.k_s.at[config.keys.place(n)], r.q_s.at[config.queries.place(n), rows]
+    v_s, solve_t, staged = r.v_s.at[config.values.place(n), w], r.solve_s.at[made].T, part_of(r.state_stage, w)
+
+    def multiply(scores, update):
+        product(scores, k_s, q_s.T)
+        product(update, v_s.T, solve_t)
+        product(update, forgotten, solve_t, staged)
+        share = lax.optimization_barrier(plgpu.wgmma_accumulator_load(scores, wait_n=2))
+        share = (share * config.scale if config.scale != 1 else share).astype(config.dtype)
+        mask = jnp.where(crossed(r, config.keys.place(n)), 1 + made, 0) if config.mixing else 0
+        # transposed, as it is stored; a product with ones and zeros, two numbers at once, is cheaper than a choice
+        r.scores_s.at[made, rows].T[...] = share * plgpu.load(r.causal_s.at[r.first + mask, w], layout=TILE)
+        plgpu.commit_smem()
+        plgpu.barrier_arrive(r.scores_full.at[made])
+        return plgpu.wgmma_accumulator_load(update, wait_n=0)
+
+    return lax.optimization_barrier(pl.run_scoped(multiply, plgpu.ACC((CHUNK, 32), F32), plgpu.ACC(SQUARE, F32)))
+
+
+def _write(config, r, n, columns, stage_s, out):
+    """The output of chunk n to a stage that is free, and from there to device memory, but for chunks before a piece."""
+    first, _ = chunks_of(config, r)
+    stage_s.T[...] = out.astype(config.dtype)
+    plgpu.commit_smem()
+    target = r.output.at[r.b, pl.ds((first + n) * CHUNK, CHUNK), r.h, columns]
+    copy_out(stage_s, target, n >= r.lead if config.mixing else None)
+
+
+def _to_stage(config, r, w, n, columns, state):
+    """The state rounded, to the stage if it is used from there, and from the stage to device memory if it is saved."""
+    parts = range(config.key_dim // 64)
+    if config.staged:
+        plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+        for part in parts:
+            r.stage_s.at[w, part][...] = state[:, part * 64 : (part + 1) * 64].astype(config.dtype)
+        plgpu.commit_smem()
+    if config.save:
+        for part in parts:
+            target = r.states.at[r.b, r.h, n, columns, pl.ds(part * 64, 64)]
+            plgpu.copy_smem_to_gmem(r.stage_s.at[w, part], target, commit_group=False)
+        plgpu.commit_smem_to_gmem_group()
+
+
+def _update(config, r, w, n, columns, recalled):
+    """Uᵀ rounded, and what of it is there at the chunk's end, of the values and what the keys recall."""
+    values, products = config.values, config.products
+    slot, made, v_s = config.keys.place(n), products.place(n), r.v_s.at[values.place(n), w]
+    erase = lambda factor=1.0: per_column(plgpu.load(r.erase_s.at[made], layout=COLS) * factor, SQUARE)
+    plgpu.barrier_wait(values.full(r, n))
+    plgpu.barrier_wait(products.full(r, n))
+    recalled = recalled * (-1.0 if config.tied else erase(-1.0))
+    if config.mixing:
+        recalled = _within(config, r, n, recalled, r.seen_s)
+    # T V - T (K S): V - K S rounded would lose of K S what is below V's last place, always to the same side
+    forgotten, solve_t = recalled.astype(config.dtype), r.solve_s.at[made].T
+    update = matmul([v_s.T, forgotten], [solve_t, solve_t], SQUARE, staged=part_of(r.state_stage, w))
+    if config.save:  # in the place of V, which all threads have read
+        plgpu.commit_smem()
+        v_s.T[...] = update.astype(config.dtype)
+        plgpu.commit_smem()
+        plgpu.copy_smem_to_gmem(v_s, r.solved.at[r.b, pl.ds(n * CHUNK, CHUNK), r.h, columns])
+    if config.tied:
+        update = update * erase()
+    low = update.astype(config.dtype)
+    if config.mixing:
+        return low, _within(config, r, n, low, r.last_s)
+    if not config.decayed:
+        return low, low
+    right = per_column(plgpu.load(r.right_s.at[slot], layout=COLS), SQUARE)
+    return low, (update * right).astype(config.dtype)
+
+
+def _within(config, r, n, tile, ref):
+    """tile [columns, tokens] without the tokens of chunk n that ref (seen_s or last_s) has zeros for."""
+    return scaled_if(crossed(r, config.keys.place(n)), tile, ref.at[config.products.place(n)])
+
+
+def _recall(config, r, w, state, tokens, scale=None):
+    """The state as given, and (scale) Sᵀ tokensᵀ; the state from the stage, where it is there, unscaled.
+
+    From registers it is rounded half by half, and again each time: what is kept takes registers. With a scale that the
+    compiler does not know it cannot keep it.
+    """
+    staged, parts = part_of(r.state_stage, w), range(config.key_dim // 64)
+    pieces = [tokens.at[:, pl.ds(part * 64, 64)].T for part in parts]
+    if config.staged:
+        out = matmul([r.stage_s.at[w, part] for part in parts], pieces, SQUARE, staged=staged)
+        return state, out if scale is None or config.scale == 1 else out * config.scale
+    out: Any = None
+    for part in parts:
+        low = state[:, part * 64 : (part + 1) * 64]
+        low = (low if scale is None else low * scale).astype(config.dtype)
+        out = matmul(low, pieces[part], SQUARE, init=out, staged=staged)
+        state, out = lax.optimization_barrier((state, out))
+    return state, out
