@@ -12,15 +12,15 @@ a = decay from the chunk's start, e = decay to its end, d = decay of the whole c
 Where heads are few, the state warpgroups of a head are in blocks of their own; what such blocks can share is used by
 `pallas_kernels.hopper.few_heads`, which serves the plainest of these calls.
 
-With two state warpgroups, nothing saved and no decay, helpers are ahead: they make the inverse of a chunk and keep it in
-registers until the chunk whose place it takes is done with. Had they to have the place first, the state warpgroups would
-wait for all that is made after that. These make P, half of it each, send for values themselves, and write outputs where
-values were.
+With two state warpgroups, nothing saved and no decay, helpers are ahead: they make the inverse of a chunk and keep it
+in registers until the chunk whose place it takes is done with. Had they to have the place first, the state warpgroups
+would wait for all that is made after that. These make P, half of it each, send for values themselves, and write outputs
+where values were.
 
 Of documents without decay, the helpers say of each chunk in which one begins which of its tokens see the state before
-it, and which are of the document that it ends with. Of such a chunk the state warpgroups multiply what the state recalls
-by the former and the updates of the state by the latter, and empty the state. Rows of documents can be walked in pieces
-side by side, each from where the document begins that it cuts, or from a given state.
+it, and which are of the document that it ends with. Of such a chunk the state warpgroups multiply what the state
+recalls by the former and the updates of the state by the latter, and empty the state. Rows of documents can be walked
+in pieces side by side, each from where the document begins that it cuts, or from a given state.
 
 The state warpgroups: `pallas_kernels.hopper.forward_state`; the helpers: `pallas_kernels.hopper.forward_helper`.
 

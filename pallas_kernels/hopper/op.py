@@ -1,8 +1,8 @@
 """The delta rule on a Hopper GPU: from the arrays of the op to those of the kernels, and back.
 
-What XLA does here besides: transposes per-token numbers but β to [B, H, T] (4 bytes a token and head against 1024 of q,
-k, v and o at K = V = 128), sums log-decays within chunks, pads K and V to 64 or 128 and T to a multiple of 8, and, where
-write differs from erase, multiplies the values by write.
+What XLA does here besides: transposes per-token numbers, but β of the forward pass, to [B, H, T] (4 bytes a token and
+head against 1024 of q, k, v and o at K = V = 128), sums log-decays within chunks, pads K and V to 64 or 128 and T to a
+multiple of 8, and, where write differs from erase, multiplies the values by write.
 """
 
 import jax.numpy as jnp
