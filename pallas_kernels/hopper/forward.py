@@ -47,7 +47,7 @@ from pallas_kernels.hopper.scan_state import in_piece
 from pallas_kernels.hopper.unit_inverse import WORKSPACE
 
 
-def _crew(writers, key_dim, save, decayed, tied):
+def _crew(writers, key_dim, save, decayed, tied, mixing):
     """(helpers, registers of a thread of state warpgroups, and of helpers); None for as many as a launch gives.
 
     As many helpers as shared memory and registers hold. A launch gives 168 to each of three warpgroups, 128 of four.
@@ -55,10 +55,10 @@ def _crew(writers, key_dim, save, decayed, tied):
     if writers == 1:
         if save or decayed:
             return (2, 176, 160) if key_dim == 128 and save and (decayed or not tied) else (2, None, None)
-        return (3, 176, 112) if key_dim == 128 else (3, None, None)
-    if key_dim == 64:
-        return 2, None, None
+        return (3, 176, 112) if key_dim == 128 else (3, 152, 112) if mixing else (3, None, None)
     if save or decayed:
+        if key_dim == 64:
+            return 2, None, None
         return (1, 176, 152) if save and (decayed or not tied) else (1, None, None)
     return 2, 176, 80
 
@@ -94,7 +94,7 @@ def forward(key, query, value, vectors, documents, starts, *, scale, tied, save,
     writers = value_dim // 64 // splits
     decayed, masked = "left" in vectors, documents is not None
     summed, mixing = "sums" in vectors, masked and not decayed
-    helpers, state_registers, helper_registers = _crew(writers, key_dim, save, decayed, tied)
+    helpers, state_registers, helper_registers = _crew(writers, key_dim, save, decayed, tied, mixing)
     dtype = value.dtype
     inputs = dict(query=query, key=key, value=value, gain=vectors["gain"])
     inputs |= {f"{name}_v": x for name, x in vectors.items() if name != "gain"}
@@ -149,6 +149,7 @@ def forward(key, query, value, vectors, documents, starts, *, scale, tied, save,
         **values.barriers(writers),
         **products.barriers(1),
         scores_full=plgpu.Barrier(num_arrivals=writers, num_barriers=products.slots) if ahead else None,
+        forgotten=plgpu.Barrier(num_arrivals=writers) if ahead and mixing else None,
         scale_s=plgpu.SMEM((writers, CHUNK), F32),
         state_stage=stage(dtype, writers),
     )

@@ -21,6 +21,7 @@ from pallas_kernels.hopper.mosaic import (
     matmul,
     part_of,
     per_column,
+    per_row,
     product,
     set_registers,
 )
@@ -52,20 +53,21 @@ def _step(config, r, w, columns, n, state):
     """The state after chunk n, of that before it; its output to device memory."""
     staged = part_of(r.state_stage, w)
     keys, queries, products = config.keys, config.queries, config.products
-    slot, scores_s = keys.place(n), r.scores_s.at[products.place(n)]
-    k_s, q_s = r.k_s.at[slot], r.q_s.at[queries.place(n)]
+    slot, made = keys.place(n), products.place(n)
+    k_s, q_s, scores_s = r.k_s.at[slot], r.q_s.at[queries.place(n)], r.scores_s.at[made]
     left = lambda: per_column(plgpu.load(r.left_s.at[slot], layout=COLS), SQUARE)
     plgpu.barrier_wait(keys.full(r, n))
+    begins = crossed(r, slot) if config.mixing else None
     _to_stage(config, r, w, n, columns, state)
     state, recalled = _recall(config, r, w, state, k_s)
-    update_low, left_over = _update(config, r, w, n, columns, recalled * left() if config.decayed else recalled)
+    update_low, left_over = _update(config, r, w, n, columns, begins, recalled * left() if config.decayed else recalled)
     state, update_low, left_over = lax.optimization_barrier((state, update_low, left_over))
 
     def advanced(state):
         if config.decayed:
             state = state * r.left_s[slot, CHUNK - 1]
         elif config.mixing:
-            state = emptied_if(crossed(r, slot), state)
+            state = emptied_if(begins, state)
         return matmul(left_over, k_s, state.shape, init=state, staged=staged)
 
     if config.staged:  # the state before is still in the stage
@@ -75,7 +77,7 @@ def _step(config, r, w, columns, n, state):
     if config.decayed:
         out = out * left()
     if config.mixing:
-        out = _within(config, r, n, out, r.seen_s)
+        out = scaled_if(begins, out, r.seen_s.at[made])
     out = matmul(update_low, scores_s.T, SQUARE, init=out, staged=staged)
     if not config.staged:
         state = advanced(state)
@@ -97,27 +99,29 @@ def _step_ahead(config, r, w, columns, n, state):
     made, v_s = products.place(n), r.v_s.at[config.values.place(n), w]
     erase = lambda: per_column(plgpu.load(r.erase_s.at[made], layout=COLS), SQUARE)
     plgpu.barrier_wait(keys.full(r, n))
+    begins = crossed(r, keys.place(n)) if config.mixing else None  # a document, in the chunk
     recalled = _read(config, staged, state, k_s)
     plgpu.barrier_wait(queries.full(r, n))
     plgpu.barrier_wait(config.values.full(r, n))
     plgpu.barrier_wait(products.full(r, n))
-    recalled = recalled * (-1.0 if config.tied else erase() * -1.0)
+    forgotten = (recalled * (-1.0 if config.tied else erase() * -1.0)).astype(config.dtype)
     if config.mixing:
-        recalled = _within(config, r, n, recalled, r.seen_s)
-    update = _solve(config, r, w, n, recalled.astype(config.dtype))
+        forgotten = scaled_if(begins, forgotten, r.seen_s.at[made])
+    update = _solve(config, r, w, n, begins, forgotten)
     # for the next values, where those of the chunk before were and then its output
     plgpu.wait_smem_to_gmem(0, wait_read_only=True)
     _, count = chunks_of(config, r)
     send_for_values(config, r, n + 1, w, n + 1 < count)
-    late = low = (update * erase() if config.tied else update).astype(config.dtype)
+    low = (update * erase() if config.tied else update).astype(config.dtype)
     state, low = lax.optimization_barrier((state, low))
     state, out = _recall(config, r, w, state, q_s, r.scale_s[w, 0])
     if config.mixing:
-        out = _within(config, r, n, out, r.seen_s)
-        state = emptied_if(crossed(r, keys.place(n)), state)
-        late = _within(config, r, n, low, r.last_s)
+        out = scaled_if(begins, out, r.seen_s.at[made])
+        state = emptied_if(begins, state)
     plgpu.barrier_wait(r.scores_full.at[made])
-    operands = (low, r.scores_s.at[made].T), (late, k_s)
+    if begins is not None:
+        pl.when(begins)(lambda: _forget_keys(config, r, w, n))
+    operands = (low, r.scores_s.at[made].T), (low, k_s)
     write = partial(_write, config, r, n, columns, v_s)
     if staged is not None:  # the interpreter knows no accumulators with a first value
         write(matmul(*operands[0], SQUARE, init=out, staged=staged))
@@ -141,7 +145,7 @@ def _read(config, staged, state, tokens_s):
     return matmul(low, [tokens_s.at[:, part].T for part in parts], SQUARE, staged=staged)
 
 
-def _solve(config, r, w, n, forgotten):
+def _solve(config, r, w, n, begins, forgotten):
     """Uᵀ or Eᵀ, T V - T (K S); meanwhile this warpgroup's half of the rows of P, which both read later."""
     rows, made = pl.ds(32 * w, 32), config.products.place(n)
     k_s, q_s = r.k_s.at[config.keys.place(n)], r.q_s.at[config.queries.place(n), rows]
@@ -153,7 +157,7 @@ def _solve(config, r, w, n, forgotten):
         product(update, forgotten, solve_t, staged)
         share = lax.optimization_barrier(plgpu.wgmma_accumulator_load(scores, wait_n=2))
         share = (share * config.scale if config.scale != 1 else share).astype(config.dtype)
-        mask = jnp.where(crossed(r, config.keys.place(n)), 1 + made, 0) if config.mixing else 0
+        mask = jnp.where(begins, 1 + made, 0) if config.mixing else 0
         # transposed, as it is stored; a product with ones and zeros, two numbers at once, is cheaper than a choice
         r.scores_s.at[made, rows].T[...] = share * plgpu.load(r.causal_s.at[r.first + mask, w], layout=TILE)
         plgpu.commit_smem()
@@ -163,8 +167,28 @@ def _solve(config, r, w, n, forgotten):
     return lax.optimization_barrier(pl.run_scoped(multiply, plgpu.ACC((CHUNK, 32), F32), plgpu.ACC(SQUARE, F32)))
 
 
+def _forget_keys(config, r, w, n):
+    """Zeros for keys of chunk n that are not of the document that it ends with; only the state still reads them.
+
+    Of updates there would be two kinds in registers. Each state warpgroup does half, and waits for the other.
+    """
+    keeps = per_row(plgpu.load(r.last_s.at[config.products.place(n)], layout=ROWS), SQUARE) > 0
+
+    def forget(part):
+        k_s = r.k_s.at[config.keys.place(n), :, pl.ds(part * 64, 64)]
+        k_s[...] = jnp.where(keeps, plgpu.load(k_s, layout=TILE), 0.0)
+
+    if config.key_dim == 64:
+        pl.when(w == 0)(lambda: forget(0))
+    else:
+        forget(w)
+    plgpu.commit_smem()
+    plgpu.barrier_arrive(r.forgotten)
+    plgpu.barrier_wait(r.forgotten)
+
+
 def _write(config, r, n, columns, stage_s, out):
-    """The output of chunk n to a stage that is free, and from there to device memory, but for chunks before a piece."""
+    """The output of chunk n to a stage that is free, and on to device memory, but for chunks before a piece."""
     first, _ = chunks_of(config, r)
     stage_s.T[...] = out.astype(config.dtype)
     plgpu.commit_smem()
@@ -187,18 +211,18 @@ def _to_stage(config, r, w, n, columns, state):
         plgpu.commit_smem_to_gmem_group()
 
 
-def _update(config, r, w, n, columns, recalled):
+def _update(config, r, w, n, columns, begins, recalled):
     """Uᵀ rounded, and what of it is there at the chunk's end, of the values and what the keys recall."""
     values, products = config.values, config.products
     slot, made, v_s = config.keys.place(n), products.place(n), r.v_s.at[values.place(n), w]
     erase = lambda factor=1.0: per_column(plgpu.load(r.erase_s.at[made], layout=COLS) * factor, SQUARE)
     plgpu.barrier_wait(values.full(r, n))
     plgpu.barrier_wait(products.full(r, n))
-    recalled = recalled * (-1.0 if config.tied else erase(-1.0))
-    if config.mixing:
-        recalled = _within(config, r, n, recalled, r.seen_s)
     # T V - T (K S): V - K S rounded would lose of K S what is below V's last place, always to the same side
-    forgotten, solve_t = recalled.astype(config.dtype), r.solve_s.at[made].T
+    forgotten = (recalled * (-1.0 if config.tied else erase(-1.0))).astype(config.dtype)
+    if config.mixing:
+        forgotten = scaled_if(begins, forgotten, r.seen_s.at[made])
+    solve_t = r.solve_s.at[made].T
     update = matmul([v_s.T, forgotten], [solve_t, solve_t], SQUARE, staged=part_of(r.state_stage, w))
     if config.save:  # in the place of V, which all threads have read
         plgpu.commit_smem()
@@ -209,16 +233,11 @@ def _update(config, r, w, n, columns, recalled):
         update = update * erase()
     low = update.astype(config.dtype)
     if config.mixing:
-        return low, _within(config, r, n, low, r.last_s)
+        return low, scaled_if(begins, low, r.last_s.at[made])
     if not config.decayed:
         return low, low
     right = per_column(plgpu.load(r.right_s.at[slot], layout=COLS), SQUARE)
     return low, (update * right).astype(config.dtype)
-
-
-def _within(config, r, n, tile, ref):
-    """tile [columns, tokens] without the tokens of chunk n that ref (seen_s or last_s) has zeros for."""
-    return scaled_if(crossed(r, config.keys.place(n)), tile, ref.at[config.products.place(n)])
 
 
 def _recall(config, r, w, state, tokens, scale=None):

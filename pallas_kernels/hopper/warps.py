@@ -198,32 +198,39 @@ def _put_transposed(_, ref, tile):
 
 
 def _scaled_if(_, flag, tile, numbers_s):
+    kind, wide = tile.registers.flat[0].type, tile.mlir_dtype == f32()
+    # through a branch as whole registers: else the halves of pairs of 16 bits would go apart
+    whole = (lambda pair: pair) if wide else lambda pair: mgpu.utils.bitcast(pair, i32())
+
     def scaled(registers):
         thread, numbers = Thread(), At(numbers_s)
         out = []
         for column in range(0, CHUNK, 8):
             by: Any = numbers.load(add(times(thread.pair, 2), column), 2)
             for register in registers[column // 4 : column // 4 + 2]:
-                if tile.mlir_dtype == f32():
-                    out.append(arith.mulf(register, by))
-                else:
-                    wide: Any = arith.extf(by.type, register)
-                    out.append(arith.truncf(register.type, arith.mulf(wide, by)))
+                full: Any = register if wide else arith.extf(by.type, mgpu.utils.bitcast(_here(register), kind))
+                product = arith.mulf(full, by)
+                out.append(product if wide else whole(arith.truncf(kind, product)))
         return out
 
-    return _changed_if(flag, tile, scaled)
+    out = _changed_if(flag, [whole(pair) for pair in tile.registers.flat], scaled)
+    return like(tile, out if wide else [mgpu.utils.bitcast(register, kind) for register in out])
+
+
+def _here(register) -> Any:
+    """The register, in a way that keeps the compiler from taking it apart before the branch."""
+    return llvm.inline_asm(i32(), [register], "mov.b32 $0, $1;", "=r,r", has_side_effects=True)
 
 
 def _emptied_if(_, flag, tile):
-    return _changed_if(flag, tile, lambda registers: [zeros()] * len(registers))
+    return like(tile, _changed_if(flag, list(tile.registers.flat), lambda registers: [zeros()] * len(registers)))
 
 
-def _changed_if(flag, tile, change):
-    registers = list(tile.registers.flat)
+def _changed_if(flag, registers, change):
     branch: Any = scf.IfOp(flag.registers.flat[0], [register.type for register in registers], has_else=True)
     with ir.InsertionPoint(branch.then_block):
         llvm.inline_asm(ir.Type.parse("!llvm.void"), [], "", "", has_side_effects=True)  # else it makes a choice of it
         scf.yield_(change(registers))
     with ir.InsertionPoint(branch.else_block):
         scf.yield_(registers)
-    return like(tile, list(branch.results))
+    return list(branch.results)

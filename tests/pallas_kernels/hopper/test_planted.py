@@ -165,10 +165,10 @@ def test_wrong_number(races, plant, name, old, new):
 
 # Of documents without decay: what is not seen, and what the state warpgroups forget.
 WRONG_OF_DOCUMENTS = {
-    "queries of the next document": ("forward_state", r"out = _within\(.*\)", "pass"),
+    "queries of the next document": ("forward_state", r"out = scaled_if\(.*\)", "pass"),
     "a state kept": ("forward_state", r"emptied_if\(.*, state\)", "state"),
     "pairs of two documents": ("masks", r"jnp\.where\(_one_document\(r, slot\), tile, 0\.0\)", "tile"),
-    "what the next document's keys recall": ("forward_state", r"recalled = _within\(.*\)", "pass"),
+    "what the next document's keys recall": ("forward_state", r"forgotten = scaled_if\(.*\)", "pass"),
     "updates of the document before": ("forward_helper", r"CHUNK - 1\], 1\.0, 0\.0\)", "CHUNK - 1], 1.0, 1.0)"),
     "a walk begun too late": ("forward_helper", r"return first - lead, count \+ lead", "return first, count"),
     "another part's map": ("summaries", r"return r\.leads\[r\.b, (.*) \+ 1\]", r"return r.leads[r.b, \1]"),
@@ -178,7 +178,8 @@ WRONG_OF_DOCUMENTS = {
 # The same where helpers are ahead: with all columns of a head in a block.
 WRONG_OF_DOCUMENTS_AHEAD = {
     "scores of two documents": ("forward_helper", r"\(row <= column\) & same", "row <= column"),
-    "updates that are not the last document's": ("forward_state", r"late = _within\(.*\)", "pass"),
+    "keys of the document before": ("forward_state", r"lambda: _forget_keys\(config, r, w, n\)", "lambda: None"),
+    "what the next document's keys recall": ("forward_state", r"forgotten = scaled_if\(.*\)", "pass"),
 } | {name: WRONG_OF_DOCUMENTS[name] for name in ("queries of the next document", "a state kept")}
 
 
@@ -221,6 +222,16 @@ def test_wrong_number_of_documents_ahead(races, plant, monkeypatch, name, old, n
     monkeypatch.setattr(importlib.import_module("pallas_kernels.hopper.forward"), "PROCESSORS", 0)
     plant(name, old, new)
     assert too_far(*results_of_documents(value_dim=128))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("early", ["forgotten", "scores_full"])
+def test_keys_forgotten_early(races, plant, monkeypatch, early):
+    """One state warpgroup's part of the keys by the other, or before the other has read them."""
+    in_four_pieces(monkeypatch)
+    monkeypatch.setattr(importlib.import_module("pallas_kernels.hopper.forward"), "PROCESSORS", 0)
+    plant("forward_state", rf" +plgpu\.barrier_wait\(r\.{early}.*\n", "")
+    assert found(races, results_of_documents, value_dim=128)
 
 
 @pytest.mark.slow
