@@ -4,8 +4,8 @@ python -m experiments.kernels.parts [--shapes=8x2048x16x128,…] [--calls=60]
 
 Times the kernel as it is; without the inverse and the scores that helpers make ("state": the state warpgroups are given
 zeros, and take as long); with state and output warpgroups that only hand back what they were given ("helpers"); without
-either ("copies"); and with all but the copies ("no copies": they multiply what lies in shared memory). Microseconds a
-call, the least of five rounds, and for each chunk of a row.
+either ("copies"); and with all but the copies ("no copies": they multiply what lies in shared memory). Where helpers
+are ahead, scores are the state warpgroups'. Microseconds a call, the least of five rounds, and for each chunk of a row.
 """
 
 import argparse
@@ -17,22 +17,28 @@ from types import ModuleType
 from unittest import mock
 
 import jax
+import jax.experimental.pallas as pl
 import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 
 from efla_jax import efla_attention
-from pallas_kernels.hopper import few_heads, forward_helper, op
-from pallas_kernels.hopper.mosaic import CHUNK, TILE, set_registers
+from pallas_kernels.hopper import few_heads, forward_helper, forward_state, op
+from pallas_kernels.hopper.mosaic import CHUNK, F32, ROWS, TILE, set_registers
 
 FORWARD = sys.modules[op.forward_kernel.__module__]  # the package's name `forward` is the function
 
 
-def _idle(config, r, rings, freed):
-    """Waits for what each chunk's place in the rings holds, and gives back those that are given back one by one."""
+def _idle(config, r, rings, freed, send=None):
+    """Waits for what each chunk's place in the rings holds, and gives back those that are given back one by one.
+
+    send(n): for what of chunk n comes by it.
+    """
 
     def step(n, carry):
         for ring in rings:
             plgpu.barrier_wait(ring.full(r, n))
+        if send is not None:
+            send(n + 1)
         plgpu.commit_smem()  # in a cluster one thread gives back, for all that have waited
         for ring in freed:
             plgpu.barrier_arrive(ring.free(r, n))
@@ -43,7 +49,9 @@ def _idle(config, r, rings, freed):
 
 def idle_state(config, r, w):
     set_registers(config.state_registers, config.warpgroups)
-    _idle(config, r, (config.keys, config.values, config.products, config.queries), (config.keys,))
+    send = lambda n: forward_state.send_for_values(config, r, n, w, n < config.chunks)
+    rings = config.keys, config.values, config.products, config.queries
+    _idle(config, r, rings, (config.keys,), send if config.ahead else None)
 
 
 def idle_few_state(config, r, w):
@@ -60,19 +68,25 @@ def _zeros(config):
     return plgpu.layout_cast(jnp.zeros((CHUNK, CHUNK), config.dtype), TILE)
 
 
-def no_inverse(config, r, slot, put, midway):
+def no_inverse(config, r, slot, gain, put, midway):
     midway()
+    if not config.folded:
+        put("erase_s", plgpu.layout_cast(jnp.zeros((CHUNK,), F32), ROWS))
     put("solve_s", _zeros(config))
 
 
 def no_scores(config, r, n):
     plgpu.barrier_wait(config.queries.full(r, n))
-    forward_helper._put(config, r, lambda: n, "scores_s", _zeros(config))
+    return _zeros(config)
+
+
+def no_values(config, r, n, w, wanted=None):
+    pl.when(True if wanted is None else wanted)(lambda: plgpu.barrier_arrive(config.values.full(r, n)))
 
 
 def no_loads(config, r):
     """As `_loads`, of a call without decay and documents; what would be sent for is said to be there."""
-    arrivals = dict(keys=2, queries=1, values=config.writers)
+    arrivals = dict(keys=1, queries=1, values=config.writers)
 
     def there(ring):
         def load(n):
@@ -87,10 +101,10 @@ def no_loads(config, r):
 Replaced = dict[tuple[ModuleType, str], Callable]
 NO_INVERSE: Replaced = {
     (forward_helper, "write_inverse"): no_inverse,
-    (forward_helper, "_write_scores"): no_scores,
+    (forward_helper, "_scores"): no_scores,
 }
 IDLE: Replaced = {
-    (FORWARD, "_state"): idle_state,
+    (FORWARD, "state"): idle_state,
     (few_heads, "_state"): idle_few_state,
     (few_heads, "_output"): idle_few_output,
 }
@@ -99,7 +113,7 @@ PARTS: dict[str, Replaced] = {
     "state": NO_INVERSE,
     "helpers": IDLE,
     "copies": NO_INVERSE | IDLE,
-    "no copies": {(forward_helper, "_loads"): no_loads},
+    "no copies": {(forward_helper, "_loads"): no_loads, (forward_state, "send_for_values"): no_values},
 }
 
 

@@ -7,17 +7,21 @@ import pytest
 from efla_jax import efla_attention
 from experiments.kernels import parts
 from pallas_kernels.hopper import pieces
+from tests.pallas_kernels.hopper.helpers import in_whole_rows
 from tests.pallas_kernels.hopper.interpreting import interpreting
 
 pytestmark = pytest.mark.cpu("interpreted as a GPU kernel")
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("apart", [False, True], ids=["forward", "few heads"])
+@pytest.mark.parametrize("kernel", ["forward", "forward, ahead", "few heads"])
 @pytest.mark.parametrize("part", parts.PARTS)
-def test_ends(monkeypatch, part, apart):
-    plan = lambda direction, heads, length, key_dim, value_dim: pieces.Plan(True, 4, 4, apart=4 * apart)
+def test_ends(monkeypatch, part, kernel):
+    apart = 4 * (kernel == "few heads")
+    plan = lambda direction, heads, length, key_dim, value_dim: pieces.Plan(True, 4, 4, apart=apart)
     monkeypatch.setattr(pieces, "plan", plan)
+    if kernel == "forward, ahead":
+        in_whole_rows(monkeypatch)
     tokens = jnp.ones((1, 250, 1, 128), jnp.bfloat16) * 0.05
     call = lambda x: efla_attention(x, x, x, jnp.ones((1, 250, 1)), implementation="pallas_gpu")
     with parts.only(part), interpreting(monkeypatch, detect_races=False) as ran:
