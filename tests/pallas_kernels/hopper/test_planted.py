@@ -183,6 +183,13 @@ WRONG_OF_DOCUMENTS_AHEAD = {
 } | {name: WRONG_OF_DOCUMENTS[name] for name in ("queries of the next document", "a state kept")}
 
 
+def first_soon(bugs):
+    """All but the first are slow."""
+    return [
+        pytest.param(*bug, id=name, marks=pytest.mark.slow if n else ()) for n, (name, bug) in enumerate(bugs.items())
+    ]
+
+
 def results_of_documents(value_dim=64):
     """Of a row in four pieces, a piece walked from before, and one from a state that is summed up."""
     inputs, _ = rounded(batch=1, length=488, value_dim=value_dim)
@@ -197,26 +204,14 @@ def in_four_pieces(monkeypatch):
     monkeypatch.setattr(pieces, "LEAD", 1)
 
 
-@pytest.mark.parametrize(
-    ("name", "old", "new"),
-    [
-        pytest.param(*bug, id=name, marks=pytest.mark.slow if n else ())
-        for n, (name, bug) in enumerate(WRONG_OF_DOCUMENTS.items())
-    ],
-)
+@pytest.mark.parametrize(("name", "old", "new"), first_soon(WRONG_OF_DOCUMENTS))
 def test_wrong_number_of_documents(races, plant, monkeypatch, name, old, new):
     in_four_pieces(monkeypatch)
     plant(name, old, new)
     assert too_far(*results_of_documents())
 
 
-@pytest.mark.parametrize(
-    ("name", "old", "new"),
-    [
-        pytest.param(*bug, id=name, marks=pytest.mark.slow if n else ())
-        for n, (name, bug) in enumerate(WRONG_OF_DOCUMENTS_AHEAD.items())
-    ],
-)
+@pytest.mark.parametrize(("name", "old", "new"), first_soon(WRONG_OF_DOCUMENTS_AHEAD))
 def test_wrong_number_of_documents_ahead(races, plant, monkeypatch, name, old, new):
     in_four_pieces(monkeypatch)
     monkeypatch.setattr(importlib.import_module("pallas_kernels.hopper.forward"), "PROCESSORS", 0)
