@@ -7,7 +7,7 @@ a = decay from the chunk's start, e = decay to its end, d = decay of the whole c
   P = tril(D∘Q Kᵀ). One chunk takes a helper far longer than the state warpgroups; several of them keep up;
 - each state warpgroup holds 64 columns of the state as Sᵀ [64, K] in registers and chains the products with the left
   operand in registers: Rᵀ from Sᵀ Kᵀ, then Uᵀ, Oᵀ = a∘Sᵀ Qᵀ + Uᵀ Pᵀ, Sᵀ ← d Sᵀ + (e∘U)ᵀ K. Warpgroups of one head
-  share nothing but what the helpers made.
+  share nothing but what the helpers made, and P where these do not make it.
 
 Where heads are few, the state warpgroups of a head are in blocks of their own; what such blocks can share is used by
 `pallas_kernels.hopper.few_heads`, which serves the plainest of these calls.
@@ -19,8 +19,9 @@ where values were.
 
 Of documents without decay, the helpers say of each chunk in which one begins which of its tokens see the state before
 it, and which are of the document that it ends with. Of such a chunk the state warpgroups multiply what the state
-recalls by the former and the updates of the state by the latter, and empty the state. Rows of documents can be walked
-in pieces side by side, each from where the document begins that it cuts, or from a given state.
+recalls by the former, empty the state, and multiply its updates by the latter or, where helpers are ahead, make the
+keys of all others zeros. Rows of documents can be walked in pieces side by side, each from where the document begins
+that it cuts, or from a given state.
 
 The state warpgroups: `pallas_kernels.hopper.forward_state`; the helpers: `pallas_kernels.hopper.forward_helper`.
 
@@ -158,7 +159,7 @@ def forward(key, query, value, vectors, documents, starts, *, scale, tied, save,
         inverse_s=smem((helpers, *SQUARE), dtype) if save and tied else None,
         work_s=plgpu.SMEM((helpers, WORKSPACE), F32),
         square_s=plgpu.SMEM((helpers, CHUNK), F32) if save and exact else None,
-        keys_s=plgpu.SMEM((helpers, 4, CHUNK), F32),  # of each key: norm, one over it, that times cλ, one over cλ
+        keys_s=plgpu.SMEM((helpers, 4, CHUNK), F32),  # numbers of each key, as `write_inverse` orders them
         helper_stage=stage(jnp.float16, helpers),
     )
     config = SimpleNamespace(

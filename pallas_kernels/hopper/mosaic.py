@@ -87,22 +87,13 @@ def matmul(a, b, shape, init=None, staged=None, meanwhile=None):
 
     if init is not None and staged is None:
         return lax.optimization_barrier(pl.run_state(accumulate)(plgpu.ACC.init(init)))
-    (out,) = matmuls([tuple(zip(*pairs, strict=True))], shape, staged)
-    if meanwhile is not None:
-        meanwhile()
+
+    def scoped(acc):
+        accumulate(acc)
+        return plgpu.wgmma_accumulator_load(acc, wait_n=0)
+
+    out = lax.optimization_barrier(pl.run_scoped(scoped, plgpu.ACC(shape, F32)))
     return out if init is None else init + out  # the interpreter knows no accumulator with a first value
-
-
-def matmuls(jobs, shape, staged=None):
-    """[left_0 @ right_0 + left_1 @ right_1 + … for (lefts, rights) in jobs] in float32, waited for once."""
-
-    def scoped(*accs):
-        for acc, (lefts, rights) in zip(accs, jobs, strict=True):
-            for left, right in zip(lefts, rights, strict=True):
-                product(acc, left, right, staged)
-        return [plgpu.wgmma_accumulator_load(acc, wait_n=0) for acc in accs]
-
-    return lax.optimization_barrier(pl.run_scoped(scoped, *[plgpu.ACC(shape, F32) for _ in jobs]))
 
 
 def iota(axis, columns=CHUNK):

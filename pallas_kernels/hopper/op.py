@@ -105,7 +105,7 @@ def _by_scan(query, key, value, vectors, documents, initial, plan, options, exac
     gain, given = vectors["gain"], vectors
     vectors = {name: x for name, x in vectors.items() if name != "gain"}
     if save or not tied:  # else the inverse has it
-        vectors |= dict(erase=made["erase"] if "erase" in made else _by_head(gain))
+        vectors |= dict(erase=made.get("erase", _by_head(gain)))
     starts, maps = _of_one_piece(initial), None
     if parts.bounds[-1]:
         leads = None if documents is None else _borders(documents, parts.bounds)[0]
@@ -138,7 +138,7 @@ def _by_documents(query, key, value, vectors, documents, initial, options, exact
     made = prepare(key, vectors, documents, value.dtype, chunks=parts.bounds[-1], save=False, exact=exact, **kind)
     rest = {name: x.reshape(batch, 1, -1).astype(jnp.float32) for name, x in _first_and_last(documents).items()}
     if not options["tied"]:  # else the inverse has it
-        rest |= dict(erase=made["erase"] if "erase" in made else _by_head(gain["gain"]))
+        rest |= dict(erase=made.get("erase", _by_head(gain["gain"])))
     summed = summaries(key, value, made["solve"], rest, initial, parts=parts, **kind)
     starts = chain(initial, summed["maps"], summed["ends"], range(len(parts.bounds)), leads)
     return forward_kernel(key, query, value, gain, documents, starts, share=share, leads=leads, **options)
@@ -329,9 +329,8 @@ def _vectors(gain, log_decay, begins):
             right=jnp.where(last, jnp.exp(jnp.where(last, sums[..., -1:] - sums, 0)), 0),
         )
     flat = lambda x: x.reshape(*x.shape[:-2], -1)
-    return dict(gain=gain) | {name: flat(x) for name, x in vectors.items()}, None if documents is None else flat(
-        documents
-    )
+    vectors = dict(gain=gain) | {name: flat(x) for name, x in vectors.items()}
+    return vectors, None if documents is None else flat(documents)
 
 
 def _first_and_last(documents):

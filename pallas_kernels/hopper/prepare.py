@@ -75,7 +75,7 @@ def prepare(key, vectors, documents, dtype, *, chunks, tied, save, exact=False, 
         cosines_s=smem((count, *SQUARE), jnp.float16) if both else None,
         inverse_s=smem((count, *SQUARE), dtype) if both else None,
         work_s=plgpu.SMEM((count, WORKSPACE), F32),
-        keys_s=plgpu.SMEM((count, 4, CHUNK), F32),  # of each key: norm, one over it, that times cλ, one over cλ
+        keys_s=plgpu.SMEM((count, 4, CHUNK), F32),  # numbers of each key, as `write_inverse` orders them
         helper_stage=stage(jnp.float16, count),
     )
     scratch = own | dict(

@@ -11,7 +11,8 @@ With blocks numbered from 0 and L below the diagonal:
     [X_20 X_21]     [X_22   0 ] [L_20 L_21] [X_00   0 ]
     [X_30 X_31]   - [X_32 X_33] [L_30 L_31] [X_10 X_11]: warps 2 and 3, of what warps 0 and 1 have made
 
-What one warp needs of another goes through shared memory, in float16, at two barriers of the warpgroup.
+What one warp needs of another goes through shared memory: numbers of columns first, then inverses in float16. Threads
+meet three times.
 """
 
 from typing import Any
@@ -54,6 +55,8 @@ BEHIND = 80  # the lower quarter's inverse behind the upper one's, likewise
 
 def unit_inverse(work_s, numbers_s, gram, rows, columns, others):
     """(I + tril(diag(rows) gram diag(columns), -1))⁻¹ [C, C] float32, with products of float16.
+
+    Between two calls with the same memory, and after what is read of numbers_s, all threads must have met.
 
     Args:
         work_s: float32 [WORKSPACE] in shared memory.

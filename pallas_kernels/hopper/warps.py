@@ -208,18 +208,13 @@ def _scaled_if(_, flag, tile, numbers_s):
         for column in range(0, CHUNK, 8):
             by: Any = numbers.load(add(times(thread.pair, 2), column), 2)
             for register in registers[column // 4 : column // 4 + 2]:
-                full: Any = register if wide else arith.extf(by.type, mgpu.utils.bitcast(_here(register), kind))
+                full: Any = register if wide else arith.extf(by.type, mgpu.utils.bitcast(register, kind))
                 product = arith.mulf(full, by)
                 out.append(product if wide else whole(arith.truncf(kind, product)))
         return out
 
     out = _changed_if(flag, [whole(pair) for pair in tile.registers.flat], scaled)
     return like(tile, out if wide else [mgpu.utils.bitcast(register, kind) for register in out])
-
-
-def _here(register) -> Any:
-    """The register, in a way that keeps the compiler from taking it apart before the branch."""
-    return llvm.inline_asm(i32(), [register], "mov.b32 $0, $1;", "=r,r", has_side_effects=True)
 
 
 def _emptied_if(_, flag, tile):

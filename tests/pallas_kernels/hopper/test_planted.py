@@ -198,10 +198,12 @@ def results_of_documents(value_dim=64):
     return kernels, attend(inputs, ids, np.float64, implementation="scan"), xla
 
 
-def in_four_pieces(monkeypatch):
+def in_four_pieces(monkeypatch, ahead=False):
     monkeypatch.setattr(pieces, "SHORTEST", 1)
     monkeypatch.setattr(pieces, "PROCESSORS", 4)
     monkeypatch.setattr(pieces, "LEAD", 1)
+    if ahead:  # with both halves of the columns in a block
+        monkeypatch.setattr(importlib.import_module("pallas_kernels.hopper.forward"), "PROCESSORS", 0)
 
 
 @pytest.mark.parametrize(("name", "old", "new"), first_soon(WRONG_OF_DOCUMENTS))
@@ -213,8 +215,7 @@ def test_wrong_number_of_documents(races, plant, monkeypatch, name, old, new):
 
 @pytest.mark.parametrize(("name", "old", "new"), first_soon(WRONG_OF_DOCUMENTS_AHEAD))
 def test_wrong_number_of_documents_ahead(races, plant, monkeypatch, name, old, new):
-    in_four_pieces(monkeypatch)
-    monkeypatch.setattr(importlib.import_module("pallas_kernels.hopper.forward"), "PROCESSORS", 0)
+    in_four_pieces(monkeypatch, ahead=True)
     plant(name, old, new)
     assert too_far(*results_of_documents(value_dim=128))
 
@@ -223,8 +224,7 @@ def test_wrong_number_of_documents_ahead(races, plant, monkeypatch, name, old, n
 @pytest.mark.parametrize("early", ["forgotten", "scores_full"])
 def test_keys_forgotten_early(races, plant, monkeypatch, early):
     """One state warpgroup's part of the keys by the other, or before the other has read them."""
-    in_four_pieces(monkeypatch)
-    monkeypatch.setattr(importlib.import_module("pallas_kernels.hopper.forward"), "PROCESSORS", 0)
+    in_four_pieces(monkeypatch, ahead=True)
     plant("forward_state", rf" +plgpu\.barrier_wait\(r\.{early}.*\n", "")
     assert found(races, results_of_documents, value_dim=128)
 
