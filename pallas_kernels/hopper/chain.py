@@ -3,6 +3,8 @@
 Sᵀ ← Sᵀ Mᵀ + Eᵀ over the parts, and for cotangents dSᵀ ← dSᵀ M + dEᵀ from the far end. As neither M of the exact rule
 expands (‖M‖ ≤ 1, for any keys), rounding does not grow along the chain.
 
+Parts of one run all lead from the state before the run: their maps and ends are of what the run has walked.
+
 Maps come in one of two forms. I - M, rounded to the type of the kernels: Sᵀ - (Sᵀ rounded) (I - M)ᵀ + Eᵀ keeps S itself
 in float32 and rounds only what is recalled of it, once a part, as the scan does once a chunk. M, as the sum of two of
 bfloat16: with the state as another such sum, of four products the one of both remainders, 2⁻¹⁶ of the whole, is left
@@ -31,22 +33,23 @@ def split(x):
     return high, (x - high.astype(F32)).astype(ROUNDED)
 
 
-def chain(first, maps, ends, wanted, leads=None):
+def chain(first, maps, ends, wanted, walks=None, leads=None):
     """States before the parts of a row, and behind the last one.
 
     Args:
         first: [B, H, V, K] float32, Sᵀ before the first part, or None for zeros.
         maps: [B, H, P, K, K] bfloat16 or float16, (I - M)ᵀ of every part; or [B, H, P, 2·K, K] bfloat16, Mᵀ as the sum
-            of two, one below the other. That of the first is not looked at: its end has been made of `first`.
+            of two, one below the other. Those of the first run are not looked at: its ends have been made of `first`.
         ends: [B, H, P, V, K] float32, Eᵀ.
         wanted: which of the P + 1 states, in order.
+        walks: the first part of each run, and P behind them; None where each part is a run.
         leads: [B, P + 1] int32, as `summaries` takes them. States behind parts that were not looked at may be anything,
             as may be what was left of those.
 
     Returns:
         [B, H, len(wanted), V, K] float32.
     """
-    return _run(first, maps, ends, tuple(wanted), leads, backward=False)
+    return _run(first, maps, ends, tuple(wanted), leads, walks=walks, backward=False)
 
 
 def chain_back(last, maps, ends):
@@ -63,7 +66,7 @@ def chain_back(last, maps, ends):
     return _run(last, maps, ends, tuple(range(ends.shape[2])), None, backward=True)
 
 
-def _run(first, maps, ends, wanted, leads, *, backward):
+def _run(first, maps, ends, wanted, leads, *, walks=None, backward):
     batch, heads, _, value_dim, key_dim = ends.shape
     inputs = dict(maps=maps, ends=ends)
     if first is not None:
@@ -77,8 +80,9 @@ def _run(first, maps, ends, wanted, leads, *, backward):
         steps_full=plgpu.Barrier(num_arrivals=2, num_barriers=ring.turns),
         state_stage=stage(maps.dtype),
     )
+    runs = None if walks is None or len(walks) > ends.shape[2] else tuple(walks)  # where some have several parts
     config = SimpleNamespace(
-        states=ends.shape[2] + (not backward), key_dim=key_dim, given=first is not None,
+        runs=runs, states=ends.shape[2] + (not backward), key_dim=key_dim, given=first is not None,
         skipping=leads is not None, backward=backward, ring=ring, wanted=wanted, terms=maps.shape[3] // key_dim,
         dtype=maps.dtype,
     )  # fmt: skip
@@ -93,7 +97,7 @@ def _chain(config, r, _):
     ring, last = config.ring, config.states - 1
     places = [config.wanted.index(n) if n in config.wanted else -1 for n in range(config.states)]
     piece = lambda i: last - i if config.backward else i + r.first
-    lead = lambda n: r.leads[r.b, n] if config.skipping else jnp.int32(-1)  # of what is behind part n - 1
+    lead = lambda n: _lead(config, r, n)
     steps: Any = last - 1
     if config.skipping:  # up to the last state that is wanted
         steps = reduce(jnp.maximum, [jnp.where(lead(n) < 0, n - 1, 0) for n in range(2, config.states)], r.first)
@@ -116,16 +120,21 @@ def _chain(config, r, _):
         def _():
             r.starts.at[r.b, r.h, place, columns][...] = state
 
-    def step(i, state):
-        store(i + 1, state)
+    def step(i, states):
+        store(i + 1, states[-1])
         behind = lead(i + 2)
-        state = only_if(behind < 0, lambda state: _advanced(config, r, i, behind, state), state)
+        before = states[0]
+        if config.runs:
+            begins = lookup([part in config.runs for part in range(last)], i + 1) != 0
+            before = only_if(begins, lambda _: states[1], before)
+        state = only_if(behind < 0, lambda state: _advanced(config, r, i, behind, state), before)
         pl.when(i + ring.slots < steps)(lambda: load(i + ring.slots))
-        return state
+        return (before, state) if config.runs else (state,)
 
     def walk():
         state = plgpu.load(r.ends.at[r.b, r.h, piece(r.first), columns], layout=TILE, optimized=False)
-        store(steps + 1 + r.first, lax.fori_loop(0, steps, step, state))
+        states = lax.fori_loop(0, steps, step, (state, state) if config.runs else (state,))
+        store(steps + 1 + r.first, states[-1])
 
     for i in range(min(ring.slots, last - 1)):
         pl.when(steps > i)(lambda i=i: load(i + r.first))
@@ -134,6 +143,15 @@ def _chain(config, r, _):
     elif not config.skipping:
         store(r.first, plgpu.layout_cast(jnp.zeros((64, config.key_dim), F32), TILE))
     pl.when((steps > 0) | (lead(1) < 0))(walk)
+
+
+def _lead(config, r, n):
+    """Of what is behind part n - 1, as `chain` takes them; there is no map of a part of the first run."""
+    if config.skipping:
+        return r.leads[r.b, n]
+    if config.runs:
+        return jnp.where((n > 1) & (n <= config.runs[1]), -2, -1)
+    return jnp.int32(-1)
 
 
 def _advanced(config, r, i, behind, state):
@@ -152,6 +170,7 @@ def _advanced(config, r, i, behind, state):
         high, low = split(state)
         return matmul([high, high, low], [maps[0], maps[1], maps[0]], state.shape, init=end, staged=staged)
 
-    state = lax.cond(behind == -1, through, lambda _: end, state) if config.skipping else through(state)
+    partly = config.skipping or config.runs and config.runs[1] > 1
+    state = lax.cond(behind == -1, through, lambda _: end, state) if partly else through(state)
     plgpu.commit_smem()  # what read the place is done before the copy, which is another proxy, writes it
     return state

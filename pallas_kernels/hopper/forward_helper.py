@@ -35,7 +35,7 @@ LOADER_REGISTERS = 24
 
 def chunks_of(config, r):
     """The first of the chunks that the block walks, and how many: all of the row, or those of its piece and before."""
-    if not (config.mixing or config.fed):
+    if config.pieces == 1 and not config.mixing:
         return 0, config.chunks
     _, first, count = piece_of(config, r)
     if config.mixing:

@@ -100,7 +100,7 @@ def _step_ahead(config, r, w, columns, n, state):
     erase = lambda: per_column(plgpu.load(r.erase_s.at[made], layout=COLS), SQUARE)
     plgpu.barrier_wait(keys.full(r, n))
     begins = crossed(r, keys.place(n)) if config.mixing else None  # a document, in the chunk
-    recalled = _read(config, staged, state, k_s)
+    state, recalled = _recall(config, r, w, state, k_s)
     plgpu.barrier_wait(queries.full(r, n))
     plgpu.barrier_wait(config.values.full(r, n))
     plgpu.barrier_wait(products.full(r, n))
@@ -136,13 +136,6 @@ def _step_ahead(config, r, w, columns, n, state):
         _, state = lax.optimization_barrier(pl.run_state(advance)((plgpu.ACC.init(out), plgpu.ACC.init(state))))
     plgpu.barrier_arrive(keys.free(r, n))
     return state
-
-
-def _read(config, staged, state, tokens_s):
-    """Sᵀ tokensᵀ, waited for once."""
-    parts = [pl.ds(part * 64, 64) for part in range(config.key_dim // 64)]
-    low = [state[:, part.start : part.start + 64].astype(config.dtype) for part in parts]
-    return matmul(low, [tokens_s.at[:, part].T for part in parts], SQUARE, staged=staged)
 
 
 def _solve(config, r, w, n, begins, forgotten):

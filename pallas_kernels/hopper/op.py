@@ -69,15 +69,16 @@ def forward(query, key, value, erase, write, log_decay, initial_state, begins, *
     apart = plan.apart and few_heads.serves(rows, value.shape[-1], vectors, tied=tied, save=save)
     if apart:
         plan = plan._replace(fused=False, forward=plan.apart, backward=plan.apart)
+    whole = plan.forward * CHUNK >= length
     if documents is not None and log_decay is None and not save:
         out = _by_documents(query, key, value, vectors, documents, initial, options, exact)
-    elif plan.fused:
+    elif plan.fused and whole:
         out = forward_kernel(key, query, value, vectors, documents, _of_one_piece(initial), exact=exact, **options)
-    elif apart and plan.apart * CHUNK >= length:
+    elif apart and whole:
         starts = _of_one_piece(initial)
         out = few_heads.forward(key, query, value, vectors, starts, scale=scale, exact=exact, share=plan.apart)
     else:
-        out = _by_scan(query, key, value, vectors, documents, initial, plan, options, exact, apart)
+        out = _in_pieces(query, key, value, vectors, documents, initial, plan, options, exact, apart)
     residuals = ()
     if save:
         residuals = tuple(out[name] for name in (*_saved(exact), "maps") if name in out)
@@ -89,17 +90,17 @@ def _plan(save, value, key):
     return pieces.plan("both" if save else "forward", batch * heads, length, key.shape[-1], value_dim)
 
 
-def _by_scan(query, key, value, vectors, documents, initial, plan, options, exact, apart):
-    """The forward pass of few heads: the inverse of all chunks, then the scan, perhaps of pieces side by side; apart:
-    in its place the kernel of few heads, which makes the inverse itself, so that only what is summed up needs it
-    before."""
+def _in_pieces(query, key, value, vectors, documents, initial, plan, options, exact, apart):
+    """The forward pass of few heads: the inverse of all chunks, then the scan, perhaps of pieces side by side; fused or
+    apart: in its place a kernel which makes the inverse itself, so that only what is summed up needs it before."""
     tied, save = options["tied"], options["save"]
     rows = value.shape[0] * value.shape[2]
     chunks, (key_dim, value_dim) = -(-key.shape[1] // CHUNK), (key.shape[-1], value.shape[-1])
     even = not save and documents is None and key_dim == value_dim
-    twice = key_dim == LARGEST and "left" not in vectors and 2 * rows * -(-chunks // plan.backward) <= PROCESSORS
-    parts = pieces.parts(plan.backward, chunks, even=even, twice=twice)
-    prepared = parts.bounds[-1] if apart else chunks
+    twice = key_dim == LARGEST and "left" not in vectors
+    parts = pieces.parts(plan.backward, chunks, blocks=PROCESSORS // rows if even else 0, twice=twice)
+    alone = apart or plan.fused
+    prepared = parts.bounds[-1] if alone else chunks
     made = prepare(key, vectors, documents, value.dtype, chunks=prepared, tied=tied, save=save, exact=exact)
     solve = made.pop("solve")
     gain, given = vectors["gain"], vectors
@@ -112,7 +113,11 @@ def _by_scan(query, key, value, vectors, documents, initial, plan, options, exac
         summed = summaries(key, value, solve, vectors, initial, tied=tied, parts=parts, leads=leads)
         maps = summed["maps"]
         wanted = [n for n, chunk in enumerate(parts.bounds) if chunk % plan.forward == 0]
-        starts = chain(initial, maps, summed["ends"], wanted)
+        starts = chain(initial, maps, summed["ends"], wanted, parts.walks)
+    if plan.fused:
+        return forward_kernel(
+            key, query, value, given, documents, starts, exact=exact, share=plan.forward, **options
+        )
     if apart:
         return few_heads.forward(
             key, query, value, given, starts, scale=options["scale"], exact=exact, share=plan.forward
@@ -132,7 +137,7 @@ def _by_documents(query, key, value, vectors, documents, initial, options, exact
     if share >= chunks:
         leads = jnp.full((batch, 1), -1, jnp.int32)
         return forward_kernel(key, query, value, gain, documents, _of_one_piece(initial), leads=leads, **options)
-    parts = pieces.parts(share, chunks, even=False)
+    parts = pieces.parts(share, chunks)
     leads = _leads(documents, share, chunks, initial is not None)
     kind = dict(tied=options["tied"], leads=leads)
     made = prepare(key, vectors, documents, value.dtype, chunks=parts.bounds[-1], save=False, exact=exact, **kind)
@@ -140,7 +145,7 @@ def _by_documents(query, key, value, vectors, documents, initial, options, exact
     if not options["tied"]:  # else the inverse has it
         rest |= dict(erase=made.get("erase", _by_head(gain["gain"])))
     summed = summaries(key, value, made["solve"], rest, initial, parts=parts, **kind)
-    starts = chain(initial, summed["maps"], summed["ends"], range(len(parts.bounds)), leads)
+    starts = chain(initial, summed["maps"], summed["ends"], range(len(parts.bounds)), leads=leads)
     return forward_kernel(key, query, value, gain, documents, starts, share=share, leads=leads, **options)
 
 

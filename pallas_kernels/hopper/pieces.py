@@ -34,9 +34,9 @@ class Parts(NamedTuple):
     """What is summed up of a row.
 
     bounds: the first chunk of every part, and behind them the first one that is not summed up.
-    walks: the first part of each run of one or two parts that a block of threads walks, and behind them the first part
-    that is in none.
-    twice: whether the last part is in none, but has a block for its values and its map, one after the other.
+    walks: the first part of each run of parts that a block of threads walks without a break, and behind them the number
+    of parts.
+    twice: whether the last run has one block for its values and its map, one after the other.
     """
 
     bounds: tuple[int, ...]
@@ -44,30 +44,30 @@ class Parts(NamedTuple):
     twice: bool = False
 
 
-def parts(share: int, chunks: int, *, even: bool, twice: bool = False) -> Parts:
+def parts(share: int, chunks: int, *, blocks: int = 0, twice: bool = False) -> Parts:
     """All pieces of `share` chunks but the last, which nothing follows.
 
-    even: as many runs as there are pieces, that one included, so that each is shorter than a piece; where it is by more
-        than the chain, which gets longer, takes. Not for documents: of a part only what follows the last beginning of
-        one is walked, and the fewer parts the less.
+    blocks: of threads that a row has to itself. Where runs that are not the pieces give each of them as much to walk, and
+        that is shorter by more than the chain, which gets longer, takes, they are made. Not for documents: of a part only
+        what follows the last beginning of one is walked, and the fewer parts the less.
     twice: and half a run besides, for one more block, so that all of them walk as much.
     """
     count = -(-chunks // share) - 1
     end = count * share
-    if not count:
-        return Parts((0,), (0,))
-    if not (even and share >= (count + 1) ** 2):
-        firsts, twice = [*range(0, end, share)], False
-    else:
-        walk = -(-2 * end // (2 * count + 3))
-        twice = twice and (count + 1) * walk < end
-        if twice:
-            firsts = [_snapped(n * walk, share) for n in range(count + 2)]
-        else:
-            firsts = [*range(0, end, -(-end // (count + 1)))]
-    bounds = sorted({*range(0, end, share), *firsts, end})
-    walks = [bounds.index(first) for first in (firsts if twice else [*firsts, end])]
-    return Parts(tuple(bounds), tuple(walks), twice)
+    pieces = range(0, end + 1, share)
+    alone = Parts(tuple(pieces), tuple(range(count + 1)))
+    runs = (blocks + 1) // 2  # each has one block of values and one of its map, but for the first
+    if not count or not runs:
+        return alone
+    twice = twice and blocks % 2 == 0
+    walk = -(-2 * end // (2 * runs + 1)) if twice else -(-end // runs)
+    twice = twice and runs * walk < end
+    firsts = [_snapped(n * walk, share) for n in range(runs + twice)] if twice else [*range(0, end, walk)]
+    bounds = sorted({*pieces, *firsts})
+    longest = share * -(-(2 * count - 1) // blocks)  # of a block, if pieces are what is summed up
+    if longest - walk < len(bounds) - len(pieces):
+        return alone
+    return Parts(tuple(bounds), tuple(bounds.index(first) for first in (*firsts, end)), twice)
 
 
 def _snapped(chunk: int, share: int) -> int:
@@ -88,6 +88,9 @@ def chosen(direction: str, heads: int, length: int, value_dim: int, choice: dict
     """The plan of a choice as `blocks` has it: "pieces" of a row, or "apart", those of the kernel of few heads. Without
     one, as many as fill the card, which for the latter, two blocks of threads a head, are half as many."""
     count = fill(heads, length)
+    if "fused" in choice:
+        share = -(-max(1, -(-length // CHUNK)) // choice["fused"])
+        return Plan(True, share, share)
     whole = cut(direction, heads, length, value_dim, choice.get("pieces", count))
     apart = choice.get("apart", 0 if choice else count // 2) if direction == "forward" else 0
     return whole._replace(apart=-(-max(1, -(-length // CHUNK)) // apart)) if apart else whole

@@ -2,8 +2,8 @@
 
 Over a part the state goes through an affine map, S ↦ M S + E: E is what the scan leaves of a zero state, I - M what it
 leaves of a zero state and the keys as values. So both are walked alike, by state warpgroups as those of
-`pallas_kernels.hopper.scan`, of 64 columns each; a helper sends for what they read. A block of threads walks one part
-or two, one after the other, or one part twice, as `pieces.Parts` has them.
+`pallas_kernels.hopper.scan`, of 64 columns each; a helper sends for what they read. A block of threads walks
+through the parts of a run, and leaves what it has after each, as `pieces.Parts` has them.
 
 Where little is forgotten M is next to the identity, beside which a tensor core, which truncates, loses of what is.
 With decay, or documents, which must stay apart exactly, it is M itself that is walked, from the identity and without
@@ -11,6 +11,7 @@ values.
 """
 
 from types import SimpleNamespace
+from typing import NamedTuple
 
 import jax
 import jax.experimental.pallas as pl
@@ -40,7 +41,7 @@ REGISTERS = dict(state=224, helper=56)  # of a thread. A launch gives three warp
 
 
 def summaries(key, value, solve, vectors, initial, *, tied, parts, leads=None):
-    """Of every part, what it makes of a zero state (the first one: of the initial state) and its map.
+    """Of every part, what its run makes up to its end of a zero state (the first run: of the initial state), and the map.
 
     Args:
         key, value, solve, vectors: as `scan` takes them; of solve only what parts cover is looked at; vectors may be
@@ -51,7 +52,7 @@ def summaries(key, value, solve, vectors, initial, *, tied, parts, leads=None):
             which a document begins if n > 0; or n ≥ 0: it is not, and nothing is left of it.
 
     Returns:
-        ends [B, H, P, V, K] float32, Eᵀ; maps as `chain` takes them, all but the first.
+        ends [B, H, P, V, K] float32, Eᵀ; maps as `chain` takes them, but for those of the first run's parts.
     """
     batch, _, heads, value_dim = value.shape
     key_heads, key_dim = key.shape[2:]
@@ -79,7 +80,7 @@ def summaries(key, value, solve, vectors, initial, *, tied, parts, leads=None):
     )
     of_values = -(-value_dim // 64 // writers)  # blocks of a walk that have columns of values
     of_maps = (value_dim + key_dim) // 64 // writers - of_values
-    walks = len(parts.walks) - 1
+    walks = len(parts.walks) - 1 - parts.twice
     config = SimpleNamespace(
         parts=parts, walks=walks, of_values=of_values, of_maps=of_maps, group=heads // key_heads, key_dim=key_dim,
         value_groups=value_dim // 64, writers=writers, read=False, tied=tied, dtype=dtype, save=False, fed=False,
@@ -87,9 +88,11 @@ def summaries(key, value, solve, vectors, initial, *, tied, parts, leads=None):
         given=initial is not None, keys=keys, values=values, solves=values,
     )  # fmt: skip
     check_registers((writers, REGISTERS["state"]), (1, REGISTERS["helper"]))
-    blocks = walks * of_values + (walks - 1) * of_maps + parts.twice  # the first part's map leads nowhere
+    blocks = walks * of_values + (walks - 1) * of_maps + parts.twice  # the first run's map leads nowhere
     if parts.twice and (decayed or not of_values == of_maps == 1):
-        raise ValueError("a part is walked twice where K = V = 128, and nothing decays: else maps have no values")
+        raise ValueError("a run is walked twice where K = V = 128, and nothing decays: else maps have no values")
+    if leads is not None and len(parts.walks) < len(parts.bounds):
+        raise ValueError("with leads every part is a run of its own")
     grid = batch, heads, blocks
     return launch("efla_summaries", config, inputs, outputs, scratch, grid, (writers, _state), (1, _helper))
 
@@ -103,27 +106,41 @@ def _block(config, r):
     return walk, block * config.writers
 
 
+class _Walk(NamedTuple):
+    """What a block of threads walks.
+
+    part, end: the run's first part, and the first behind it.
+    first, count: its first chunk looked at, and how many.
+    groups: the first 64 columns, of the first time and of the second.
+    times: how often it is walked.
+    """
+
+    part: jax.Array
+    end: jax.Array
+    first: jax.Array
+    count: jax.Array
+    groups: tuple[jax.Array, jax.Array]
+    times: jax.Array
+
+    def group(self, time):
+        return jnp.where(time == 0, *self.groups)
+
+
 def _walk(config, r):
-    """Of the block's walk: how many turns, and of the two (part, first 64 columns, first chunk looked at, how many)."""
-    bounds, walks, part_twice = config.parts
+    bounds, walks, run_twice = config.parts
     walk, group = _block(config, r)
-    part = lookup(walks, walk)
-    turns = lookup(walks[1:], walk) - part
-    ahead, groups = jnp.int32(1), jnp.int32(0)  # from the first turn to the second
-    if part_twice:  # by the last block: the last part first with its values, and then its map
+    next_group, times = group, jnp.int32(1)
+    if run_twice:  # the last one by the last block, first with its values and then as its map
         twice = r.c == config.walks * config.of_values + (config.walks - 1) * config.of_maps
-        part, turns, group = (jnp.where(twice, x, y) for x, y in ((len(bounds) - 2, part), (2, turns), (0, group)))
-        ahead, groups = jnp.where(twice, 0, 1), jnp.where(twice, config.value_groups, 0)
-    found = []
-    for n in range(2):
-        here = part + n * ahead
-        first, end = lookup(bounds, here), lookup(bounds, here + jnp.where(turns > n, 1, 0))
-        if config.skipping:
-            first = first + skipped(_lead(config, r, here), end - first)
-            if config.of_maps:  # of blocks of their own. No map: none of its chunks
-                first = jnp.where(_no_map(config, r, here), end, first)
-        found.append((here, group + n * groups, first, jnp.maximum(end - first, 0)))
-    return turns, found
+        walk, group = jnp.where(twice, config.walks, walk), jnp.where(twice, 0, group)
+        next_group, times = jnp.int32(config.value_groups), jnp.where(twice, 2, 1)
+    part, end = lookup(walks, walk), lookup(walks[1:], walk)
+    first, stop = lookup(bounds, part), lookup(bounds, end)
+    if config.skipping:
+        first = first + skipped(_lead(config, r, part), stop - first)
+        if config.of_maps:  # of blocks of their own. No map: none of its chunks
+            first = jnp.where(_no_map(config, r, part), stop, first)
+    return _Walk(part, end, first, jnp.maximum(stop - first, 0), (group, next_group), times)
 
 
 def _lead(config, r, part):
@@ -137,22 +154,25 @@ def _no_map(config, r, part):
 
 
 def _state(config, r, w):
-    """A state warpgroup: 64 columns of E or M, of one part after the other."""
+    """A state warpgroup: 64 columns of E or M, after each part of a run."""
     set_registers(REGISTERS["state"], config.writers + 1)
-    turns, ((part, group, _, before), (next_part, next_group, _, behind)) = _walk(config, r)
+    walk = _walk(config, r)
+    bound = lambda part: jnp.maximum(lookup(config.parts.bounds, part), walk.first)
 
-    def sum_up(n, carry):
-        here = jnp.where(n == 0, part, next_part)
-        columns = w + jnp.where(n == 0, group, next_group)
-        count = jnp.where(n == 0, before, behind)
+    def one_time(time, carry):
+        columns = w + walk.group(time)
+        before = time * walk.count - walk.first
         step = lambda i, state: follow(config, r, w, i, None, None, state)
-        first = n * before
-        state = lax.fori_loop(first, first + count, step, _start(config, r, here, columns))
-        pl.when(_lead(config, r, here) < 0)(lambda: _leave(config, r, here, columns, state))
+
+        def walk_part(part, state):
+            state = lax.fori_loop(before + bound(part), before + bound(part + 1), step, state)
+            _leave(config, r, part, columns, state)
+            return state
+
+        lax.fori_loop(walk.part, walk.end, walk_part, _start(config, r, walk.part, columns))
         return carry
 
-    looked_at = _lead(config, r, part) < 0
-    pl.when(looked_at | (turns > 1))(lambda: lax.fori_loop(0, turns, sum_up, None))
+    pl.when(_lead(config, r, walk.part) < 0)(lambda: lax.fori_loop(0, walk.times, one_time, None))
 
 
 def _start(config, r, part, group):
@@ -188,8 +208,8 @@ def _leave(config, r, part, group, state):
 def _helper(config, r, _):
     """Sends for what is read, in the order in which places get free."""
     set_registers(REGISTERS["helper"], config.writers + 1)
-    _, ((*_, before), (*_, behind)) = _walk(config, r)
-    count = before + behind
+    walk = _walk(config, r)
+    count = walk.times * walk.count
     loads = _loads(config, r)
     if config.decayed:
         pl.when(count > 0)(lambda: _empty_values(config, r))
@@ -216,11 +236,11 @@ def _empty_values(config, r):
 def _loads(config, r):
     """(ring, function of i that sends for what of the i-th chunk goes through it), the first to get free first."""
     head = lax.div(r.h, config.group)
-    _, ((_, group, first, before), (_, next_group, second, _)) = _walk(config, r)
+    walk = _walk(config, r)
     keys, values = config.keys, config.values
 
     def chunk(i):
-        return i + jnp.where(i < before, first, second - before)
+        return walk.first + i - jnp.where(i < walk.count, 0, walk.count)
 
     def load_keys(i):
         rows = pl.ds(chunk(i) * CHUNK, CHUNK)
@@ -235,7 +255,7 @@ def _loads(config, r):
             head_or_all = r.first if source.shape[1] == 1 else r.h
             plgpu.copy_gmem_to_smem(source.at[r.b, head_or_all, rows], target.at[slot], full)
         for w in range(config.writers):
-            target, columns = r.v_s.at[slot, w], w + jnp.where(i < before, group, next_group)
+            target, columns = r.v_s.at[slot, w], w + walk.group(jnp.where(i < walk.count, 0, 1))
 
             @pl.when(columns < config.value_groups)
             def _(target=target, columns=columns):

@@ -1,5 +1,6 @@
 """Long rows of few heads: which kernels run, in how many pieces, the chain over them, and the op as without them."""
 
+import importlib
 from functools import partial
 from itertools import pairwise
 
@@ -10,7 +11,6 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from efla_jax.ops.scan import segment_starts
 from pallas_kernels.hopper import blocks, op, pieces
 from pallas_kernels.hopper.chain import chain, chain_back, split
 from pallas_kernels.hopper.pieces import Parts, Plan
@@ -80,54 +80,58 @@ def test_states_and_outputs_apart(monkeypatch, heads, measured, want):
 
 
 @pytest.mark.parametrize(
-    ("share", "chunks", "even", "want"),
+    ("share", "chunks", "blocks", "want"),
     [
-        (64, 256, False, Parts((0, 64, 128, 192), (0, 1, 2, 3))),
-        (64, 256, True, Parts((0, 48, 64, 96, 128, 144, 192), (0, 1, 3, 5, 6))),
-        (64, 250, True, Parts((0, 48, 64, 96, 128, 144, 192), (0, 1, 3, 5, 6))),  # the last piece is shorter
-        (32, 64, True, Parts((0, 16, 32), (0, 1, 2))),
-        (30, 90, True, Parts((0, 20, 30, 40, 60), (0, 1, 3, 4))),
-        (15, 60, True, Parts((0, 15, 30, 45), (0, 1, 2, 3))),  # the chain would cost more
-        (64, 64, True, Parts((0,), (0,))),
+        (64, 256, 0, Parts((0, 64, 128, 192), (0, 1, 2, 3))),
+        (64, 256, 8, Parts((0, 48, 64, 96, 128, 144, 192), (0, 1, 3, 5, 6))),
+        (64, 250, 8, Parts((0, 48, 64, 96, 128, 144, 192), (0, 1, 3, 5, 6))),  # the last piece is shorter
+        (32, 256, 8, Parts((0, 32, 56, 64, 96, 112, 128, 160, 168, 192, 224), (0, 2, 5, 8, 10))),
+        (32, 64, 4, Parts((0, 16, 32), (0, 1, 2))),
+        (30, 90, 6, Parts((0, 20, 30, 40, 60), (0, 1, 3, 4))),
+        (8, 128, 16, Parts(tuple(range(0, 121, 8)), tuple(range(16)))),  # the chain would cost more
+        (64, 64, 8, Parts((0,), (0,))),
     ],
 )
-def test_parts(share, chunks, even, want):
-    """What is summed up: all but the last piece, in runs of one or two parts, none longer than a piece."""
-    assert pieces.parts(share, chunks, even=even) == want
+def test_parts(share, chunks, blocks, want):
+    """What is summed up: all but the last piece, in runs that have as much for each block to walk."""
+    assert pieces.parts(share, chunks, blocks=blocks) == want
 
 
 @pytest.mark.parametrize(
-    ("share", "chunks", "want"),
+    ("share", "chunks", "blocks", "want"),
     [
-        (256, 1024, Parts((0, 171, 256, 342, 512, 684, 768), (0, 1, 3, 4, 5), True)),
-        (64, 128, Parts((0, 26, 52, 64), (0, 1, 2), True)),
-        (15, 60, Parts((0, 15, 30, 45), (0, 1, 2, 3))),
-        (4, 8, Parts((0, 2, 4), (0, 1, 2))),  # nothing would be left for the second half
-        (5, 10, Parts((0, 2, 4, 5), (0, 1, 2), True)),
-        (64, 64, Parts((0,), (0,))),
+        (256, 1024, 8, Parts((0, 171, 256, 342, 512, 684, 768), (0, 1, 3, 4, 5, 6), True)),
+        (64, 256, 8, Parts((0, 43, 64, 86, 128, 172, 192), (0, 1, 3, 4, 5, 6), True)),
+        (32, 128, 4, Parts((0, 32, 39, 64, 78, 96), (0, 2, 4, 5), True)),
+        (64, 128, 4, Parts((0, 26, 52, 64), (0, 1, 2, 3), True)),
+        (64, 128, 5, Parts((0, 22, 44, 64), (0, 1, 2, 3))),  # no block is left over
+        (8, 128, 16, Parts(tuple(range(0, 121, 8)), tuple(range(16)))),
+        (64, 64, 8, Parts((0,), (0,))),
     ],
 )
-def test_parts_of_which_one_is_walked_twice(share, chunks, want):
-    """The last part, half as long as the runs before it."""
-    assert pieces.parts(share, chunks, even=True, twice=True) == want
+def test_parts_of_which_some_are_walked_twice(share, chunks, blocks, want):
+    """The last run, half as long as the others."""
+    assert pieces.parts(share, chunks, blocks=blocks, twice=True) == want
 
 
-@given(st.integers(1, 300), st.integers(1, 6), st.integers(0, 299), st.booleans())
-def test_every_division(share, full, rest, twice):
-    """Parts cover all but the last piece and no part two pieces; a run is of one or two; none is longer for `twice`."""
+@given(st.integers(1, 300), st.integers(1, 9), st.integers(0, 299), st.integers(1, 16), st.booleans())
+def test_every_division(share, full, rest, blocks, twice):
+    """Parts cover all but the last piece, and no part two pieces or two runs; no block has more to walk than by pieces."""
     chunks = full * share + rest % share
-    bounds, walks, is_twice = pieces.parts(share, chunks, even=True, twice=twice)
+    bounds, walks, is_twice = pieces.parts(share, chunks, blocks=blocks, twice=twice)
     end = -(-chunks // share) * share - share
     assert [*bounds] == sorted(set(bounds))
     assert set(range(0, end + 1, share)) <= set(bounds)
     assert bounds[-1] == end
-    assert walks[-1] == len(bounds) - 1 - is_twice
-    assert all(1 <= b - a <= 2 for a, b in pairwise(walks))
+    assert [*walks] == sorted(set(walks))
+    assert (walks[0], walks[-1]) == (0, len(bounds) - 1)
+    runs = [bounds[b] - bounds[a] for a, b in pairwise(walks)]
     if is_twice:
-        regular = pieces.parts(share, chunks, even=True)
-        longest = lambda parts: max(parts.bounds[b] - parts.bounds[a] for a, b in pairwise(parts.walks))
-        ours = max(longest(Parts(bounds, walks)), 2 * (bounds[-1] - bounds[-2]))
-        assert ours <= longest(regular)
+        runs[-1] *= 2
+    if len(walks) < len(bounds):
+        count = len(range(0, end, share))
+        assert 2 * len(runs) - 1 - is_twice <= blocks
+        assert max(runs) <= share * -(-(2 * count - 1) // blocks)
 
 
 def _sums(count, size, form):
@@ -161,6 +165,21 @@ def test_chain(given, count, wanted, form):
         want.append(ends[n] + want[-1] @ maps[n])
     got = np.asarray(chain(state, *arrays, wanted))[0, 0]
     np.testing.assert_allclose(got, np.stack([want[n] for n in wanted]), atol=count * error * np.abs(want).max())
+
+
+@pytest.mark.usefixtures("interpreted")
+@FORMS
+@pytest.mark.parametrize("walks", [(0, 2, 3, 6), (0, 1, 4, 6)])
+def test_chain_of_runs(walks, form):
+    """Parts lead from the state before their run; those of the first one have no maps."""
+    maps, ends, first, arrays, error = _sums(6, 64, form)
+    arrays = arrays[0].at[:, :, : walks[1]].set(jnp.nan), arrays[1]
+    want, before = [first], first
+    for n in range(6):
+        before = want[-1] if n in walks else before
+        want.append(ends[n] + (before @ maps[n] if n >= walks[1] else 0))
+    got = np.asarray(chain(jnp.asarray(first, jnp.float32)[None, None], *arrays, range(7), walks))[0, 0]
+    np.testing.assert_allclose(got, np.stack(want), atol=6 * error * np.abs(want).max())
 
 
 @pytest.mark.usefixtures("interpreted")
@@ -213,40 +232,46 @@ def test_op_in_pieces(monkeypatch, sizes, starts):
 
 @pytest.mark.usefixtures("interpreted")
 @pytest.mark.parametrize(
-    ("dim", "starts", "other"),
+    ("dim", "decay", "walks", "twice"),
     [
-        (64, None, Parts((0, 1, 2, 4), (0, 1, 3))),
-        (128, None, Parts((0, 1, 2, 4), (0, 1, 3))),
-        (128, None, Parts((0, 1, 2, 4), (0, 1, 2), True)),
-        (64, (150, 200), Parts((0, 1, 2, 4), (0, 1, 3))),
+        (64, False, (0, 1, 3), False),
+        (64, True, (0, 2, 3), False),
+        (128, False, (0, 1, 3), False),
+        (128, False, (0, 1, 3), True),
+        (128, False, (0, 2, 3), True),
     ],
 )
-def test_walks(dim, starts, other):
-    """A block that walks two parts, or one twice, makes of each what two blocks make."""
-    inputs, _ = rounded(batch=1, length=320, key_dim=dim, value_dim=dim)
-    begins = None if starts is None else segment_starts(jnp.asarray(documents(starts, 1, 320)))
-    vectors, ids = op._vectors(inputs["beta"], None, begins)
-    made = prepare(inputs["key"], vectors, ids, jnp.bfloat16, chunks=4, tied=True, save=False, exact=True)
-    vectors.pop("gain")
+def test_walks(dim, decay, walks, twice):
+    """What is left after each part of a run is what the chain makes of its parts alone."""
+    inputs, _ = rounded(batch=1, length=320, key_dim=dim, value_dim=dim, decay=decay)
+    vectors, _ = op._vectors(inputs["beta"], inputs["log_decay"] if decay else None, None)
+    options = dict(chunks=4, tied=not decay, save=False, exact=not decay)
+    made = prepare(inputs["key"], vectors, None, jnp.bfloat16, **options)
+    gain = vectors.pop("gain")
+    vectors |= dict(erase=jnp.swapaxes(gain, 1, 2)) if decay else {}
     initial = jnp.swapaxes(inputs["initial_state"], 2, 3)
-    leads = None if ids is None else op._borders(ids, other.bounds)[0]
     arrays = inputs["key"], inputs["value"], made["solve"], vectors, initial
-    alone, together = (
-        summaries(*arrays, tied=True, parts=parts, leads=leads) for parts in (Parts(other.bounds, (0, 1, 2, 3)), other)
-    )
-    np.testing.assert_array_equal(alone["ends"], together["ends"])
-    np.testing.assert_array_equal(alone["maps"][:, :, 1:], together["maps"][:, :, 1:])
-    assert float(jnp.abs(together["maps"][:, :, 1:]).max()) > (0.1 if starts is None else 0)
+    bounds, states = (0, 1, 2, 4), []
+    for parts in (Parts(bounds, (0, 1, 2, 3)), Parts(bounds, walks, twice)):
+        summed = summaries(*arrays, tied=not decay, parts=parts)
+        states.append(np.asarray(chain(initial, summed["maps"], summed["ends"], range(4), parts.walks)))
+    np.testing.assert_allclose(*states, atol=3 * 2.0**-8 * np.abs(states[0]).max())
+    assert np.abs(states[0]).max() > 0.1
 
 
-def test_no_part_is_walked_twice_with_decay():
-    """Its map would have the values of its first turn."""
+@pytest.mark.parametrize(
+    ("given", "message"), [(dict(left=None), "nothing decays"), (dict(leads=None), "run of its own")], ids=str
+)
+def test_walks_that_there_are_not(given, message):
+    """With decay a map would have the values of its first turn; with leads a run would go on over what is left out."""
     shape = jax.ShapeDtypeStruct
     keys, numbers = shape((1, 256, 1, 128), jnp.bfloat16), shape((1, 1, 256), jnp.float32)
     solve = shape((1, 1, 4, 64, 64), jnp.bfloat16)
-    run = partial(summaries, initial=None, tied=True, parts=Parts((0, 1, 2, 4), (0, 1, 2), True))
-    with pytest.raises(ValueError, match="nothing decays"):
-        jax.eval_shape(run, keys, keys, solve, dict(left=numbers, right=numbers))
+    vectors, leads = (dict(left=numbers, right=numbers), None) if "left" in given else ({}, shape((1, 3), jnp.int32))
+    parts = Parts((0, 1, 2, 4), (0, 1, 2, 3), True) if "left" in given else Parts((0, 1, 2), (0, 2))
+    run = lambda *arrays, leads: summaries(*arrays, None, tied=True, parts=parts, leads=leads)
+    with pytest.raises(ValueError, match=message):
+        jax.eval_shape(run, keys, keys, solve, vectors, leads=leads)
 
 
 @pytest.mark.usefixtures("interpreted")
@@ -258,11 +283,40 @@ def test_op_in_two_pieces(monkeypatch):
     assert_accurate(inputs, cotangent)
 
 
+@pytest.mark.usefixtures("interpreted")
+@pytest.mark.parametrize(
+    ("share", "sizes"),
+    [
+        pytest.param(2, dict(length=440, key_dim=128, value_dim=128), id="exact"),
+        pytest.param(1, dict(length=300, heads=2), id="of one chunk, grouped", marks=pytest.mark.slow),
+        pytest.param(3, dict(length=500, decay=True), id="decay", marks=pytest.mark.slow),
+        pytest.param(3, dict(length=500, key_dim=128), id="one group of columns", marks=pytest.mark.slow),
+    ],
+)
+def test_fused_in_pieces(monkeypatch, share, sizes):
+    """The kernel that makes the inverse, on pieces whose first states runs over several of them have made."""
+    monkeypatch.setattr(pieces, "plan", lambda *call: Plan(True, share, share))
+    monkeypatch.setattr(op, "PROCESSORS", 4 * sizes.get("heads", 1))
+    monkeypatch.setattr(importlib.import_module("pallas_kernels.hopper.forward"), "PROCESSORS", 1)
+    monkeypatch.setattr(pieces, "parts", partial(_longer, pieces.parts))
+    inputs, _ = rounded(batch=1, **sizes)
+    assert_accurate_alone(inputs)
+
+
+def _longer(parts, share, chunks, **options):
+    """Runs even where they would save too little."""
+    found = parts(share, chunks, **options)
+    if len(found.bounds) < 4 or len(found.walks) < len(found.bounds):
+        return found
+    return Parts(found.bounds, (0, 2, len(found.bounds) - 1))
+
+
 @pytest.mark.slow
 @pytest.mark.usefixtures("interpreted")
 def test_even_runs(monkeypatch):
-    """The scan of two pieces long enough for runs of equal length, and a part that is walked twice."""
+    """The scan of two pieces long enough for runs of equal length, one of them walked twice."""
     monkeypatch.setattr(pieces, "plan", lambda *call: Plan(False, 9, 9))
-    assert pieces.parts(9, 18, even=True, twice=True).twice
+    monkeypatch.setattr(op, "PROCESSORS", 4)
+    assert pieces.parts(9, 18, blocks=4, twice=True).twice
     inputs, _ = rounded(batch=1, length=1152, key_dim=128, value_dim=128)
     assert_accurate_alone(inputs)
