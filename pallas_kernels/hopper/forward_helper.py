@@ -181,7 +181,7 @@ def _in_turn(config, r, n, gain):
     if config.mixing:
         _part_documents(config, r, n())
     if config.save:  # one of the blocks of a head does
-        pl.when(r.c == 0)(lambda: _save(config, r, n()))
+        pl.when(r.rank == 0)(lambda: _save(config, r, n()))
 
 
 def _ahead(config, r, n, gain):
@@ -246,12 +246,12 @@ def _put(config, r, n, name, value):
 
 def _save(config, r, n):
     """The inverse and the numbers for the backward pass, to device memory."""
-    made = config.products.place(n)
+    made, chunk = config.products.place(n), chunks_of(config, r)[0] + n
     plgpu.commit_smem()
     source = r.inverse_s if config.tied else r.solve_s.at[made]
-    plgpu.copy_smem_to_gmem(source, r.inverse.at[r.b, r.h, n], commit_group=False)
+    plgpu.copy_smem_to_gmem(source, r.inverse.at[r.b, r.h, chunk], commit_group=False)
     if config.exact:
-        tokens = r.b, r.h, pl.ds(n * CHUNK, CHUNK)
+        tokens = r.b, r.h, pl.ds(chunk * CHUNK, CHUNK)
         plgpu.copy_smem_to_gmem(r.erase_s.at[made], r.erase.at[tokens], commit_group=False)
         plgpu.copy_smem_to_gmem(r.square_s, r.square.at[tokens], commit_group=False)
     plgpu.commit_smem_to_gmem_group()

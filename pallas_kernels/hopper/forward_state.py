@@ -191,7 +191,7 @@ def _write(config, r, n, columns, stage_s, out):
 
 def _to_stage(config, r, w, n, columns, state):
     """The state rounded, to the stage if it is used from there, and from the stage to device memory if it is saved."""
-    parts = range(config.key_dim // 64)
+    parts, (first, _) = range(config.key_dim // 64), chunks_of(config, r)
     if config.staged:
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)
         for part in parts:
@@ -199,7 +199,7 @@ def _to_stage(config, r, w, n, columns, state):
         plgpu.commit_smem()
     if config.save:
         for part in parts:
-            target = r.states.at[r.b, r.h, n, columns, pl.ds(part * 64, 64)]
+            target = r.states.at[r.b, r.h, first + n, columns, pl.ds(part * 64, 64)]
             plgpu.copy_smem_to_gmem(r.stage_s.at[w, part], target, commit_group=False)
         plgpu.commit_smem_to_gmem_group()
 
@@ -221,7 +221,8 @@ def _update(config, r, w, n, columns, begins, recalled):
         plgpu.commit_smem()
         v_s.T[...] = update.astype(config.dtype)
         plgpu.commit_smem()
-        plgpu.copy_smem_to_gmem(v_s, r.solved.at[r.b, pl.ds(n * CHUNK, CHUNK), r.h, columns])
+        first, _ = chunks_of(config, r)
+        plgpu.copy_smem_to_gmem(v_s, r.solved.at[r.b, pl.ds((first + n) * CHUNK, CHUNK), r.h, columns])
     if config.tied:
         update = update * erase()
     low = update.astype(config.dtype)

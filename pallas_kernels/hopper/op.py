@@ -98,14 +98,16 @@ def _in_pieces(query, key, value, vectors, documents, initial, plan, options, ex
     chunks, (key_dim, value_dim) = -(-key.shape[1] // CHUNK), (key.shape[-1], value.shape[-1])
     even = not save and documents is None and key_dim == value_dim
     twice = key_dim == LARGEST and "left" not in vectors
-    parts = pieces.parts(plan.backward, chunks, blocks=PROCESSORS // rows if even else 0, twice=twice)
+    blocks = LARGEST // key_dim * PROCESSORS // rows if even else 0  # narrow values and maps are one block's
+    parts = pieces.parts(plan.backward, chunks, blocks=blocks, twice=twice)
     alone = apart or plan.fused
     prepared = parts.bounds[-1] if alone else chunks
-    made = prepare(key, vectors, documents, value.dtype, chunks=prepared, tied=tied, save=save, exact=exact)
+    keep = save and not alone
+    made = prepare(key, vectors, documents, value.dtype, chunks=prepared, tied=tied, save=keep, exact=exact)
     solve = made.pop("solve")
     gain, given = vectors["gain"], vectors
     vectors = {name: x for name, x in vectors.items() if name != "gain"}
-    if save or not tied:  # else the inverse has it
+    if keep or not tied:  # else the inverse has it
         vectors |= dict(erase=made.get("erase", _by_head(gain)))
     starts, maps = _of_one_piece(initial), None
     if parts.bounds[-1]:
@@ -115,9 +117,8 @@ def _in_pieces(query, key, value, vectors, documents, initial, plan, options, ex
         wanted = [n for n, chunk in enumerate(parts.bounds) if chunk % plan.forward == 0]
         starts = chain(initial, maps, summed["ends"], wanted, parts.walks)
     if plan.fused:
-        return forward_kernel(
-            key, query, value, given, documents, starts, exact=exact, share=plan.forward, **options
-        )
+        out = forward_kernel(key, query, value, given, documents, starts, exact=exact, share=plan.forward, **options)
+        return out | ({} if maps is None else dict(maps=maps))
     if apart:
         return few_heads.forward(
             key, query, value, given, starts, scale=options["scale"], exact=exact, share=plan.forward

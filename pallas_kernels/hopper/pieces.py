@@ -47,9 +47,9 @@ class Parts(NamedTuple):
 def parts(share: int, chunks: int, *, blocks: int = 0, twice: bool = False) -> Parts:
     """All pieces of `share` chunks but the last, which nothing follows.
 
-    blocks: of threads that a row has to itself. Where runs that are not the pieces give each of them as much to walk, and
-        that is shorter by more than the chain, which gets longer, takes, they are made. Not for documents: of a part only
-        what follows the last beginning of one is walked, and the fewer parts the less.
+    blocks: of threads that a row has to itself. Runs that are not the pieces give each of them as much to walk, if that
+        is less by more than the longer chain takes. Not for documents: of a part only what follows the last beginning
+        of one is walked, and the fewer parts the less.
     twice: and half a run besides, for one more block, so that all of them walk as much.
     """
     count = -(-chunks // share) - 1
@@ -61,8 +61,8 @@ def parts(share: int, chunks: int, *, blocks: int = 0, twice: bool = False) -> P
         return alone
     twice = twice and blocks % 2 == 0
     walk = -(-2 * end // (2 * runs + 1)) if twice else -(-end // runs)
-    twice = twice and runs * walk < end
-    firsts = [_snapped(n * walk, share) for n in range(runs + twice)] if twice else [*range(0, end, walk)]
+    twice = twice and _snapped(runs * walk, share) < end
+    firsts = [_snapped(n * walk, share) for n in range(runs + 1)] if twice else [*range(0, end, walk)]
     bounds = sorted({*pieces, *firsts})
     longest = share * -(-(2 * count - 1) // blocks)  # of a block, if pieces are what is summed up
     if longest - walk < len(bounds) - len(pieces):

@@ -41,7 +41,7 @@ REGISTERS = dict(state=224, helper=56)  # of a thread. A launch gives three warp
 
 
 def summaries(key, value, solve, vectors, initial, *, tied, parts, leads=None):
-    """Of every part, what its run makes up to its end of a zero state (the first run: of the initial state), and the map.
+    """Of every part, what its run makes up to its end of a zero state (the first run: of the initial state); its map.
 
     Args:
         key, value, solve, vectors: as `scan` takes them; of solve only what parts cover is looked at; vectors may be

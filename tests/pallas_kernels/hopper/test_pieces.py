@@ -116,7 +116,7 @@ def test_parts_of_which_some_are_walked_twice(share, chunks, blocks, want):
 
 @given(st.integers(1, 300), st.integers(1, 9), st.integers(0, 299), st.integers(1, 16), st.booleans())
 def test_every_division(share, full, rest, blocks, twice):
-    """Parts cover all but the last piece, and no part two pieces or two runs; no block has more to walk than by pieces."""
+    """Parts cover all but the last piece, and no part two pieces or two runs; none has more to walk than by pieces."""
     chunks = full * share + rest % share
     bounds, walks, is_twice = pieces.parts(share, chunks, blocks=blocks, twice=twice)
     end = -(-chunks // share) * share - share
