@@ -42,7 +42,7 @@ from efla_jax.evaluation.comparison import Bench, Candidate, Row, declined, impl
 from efla_jax.evaluation.op_accuracy import Case
 from efla_jax.evaluation.op_report import HEADING, ceilings_text, line, plot, table
 from efla_jax.evaluation.op_speed import BOTH, FORWARD, ceilings
-from experiments.kernels.peers import IN_TORCH, PACKAGES, PEERS, peer
+from experiments.kernels.peers import PACKAGES, PEERS, TIMES_ITSELF, peer
 from experiments.provenance import provenance
 
 _IMPLEMENTATIONS = flags.DEFINE_list(
@@ -121,7 +121,7 @@ def _work(job: _Job, compiled: Any, lock: str, rows: Any) -> None:
     plan = [(direction, name) for direction in job.directions for name in job.names]
     built = {}
     for direction, name in plan:
-        if name not in IN_TORCH:  # those compile as they run
+        if name not in TIMES_ITSELF:
             with suppress(Exception):  # it fails again, and is reported, where it is measured
                 built[direction, name] = _builder(name)(name, bench, direction)
     for rule in {name.partition(":")[2] or "exact" for name in job.names}:

@@ -47,16 +47,22 @@ DECODE = [f"{batch}x{t}x16x{dim}x{dim}" for dim in (64, 128, 256) for batch in (
 
 
 def pieces_candidates(direction: str, shape: Shape) -> tuple[dict[str, int], list[dict[str, int]]]:
-    """The kernels' own choice of pieces for (B, T, H, K, V), one piece, what is next to the own choice; forward, also
-    one piece of the kernel of few heads, and as many as fill the card."""
-    batch, length, heads, _, value_dim = shape
+    """The kernels' own choice of pieces for (B, T, H, K, V), one piece, as many as fill the card and what is next to
+    that; forward, also one piece of the kernel of few heads, and as many as fill the card."""
+    batch, length, heads, *_ = shape
     fill = pieces.fill(batch * heads, length)
     near = {1, fill, *(n for n in (fill // 2, fill * 2) if n > 1 and n * pieces.SHORTEST * CHUNK <= length)}
-    choices, own = [dict(pieces=n) for n in sorted(near)], dict(pieces=fill)
-    if direction == "forward" and few_heads.serves(batch * heads, value_dim, ("gain",), tied=True, save=False):
+    choices = [dict(pieces=n) for n in sorted(near)]
+    few = direction == "forward" and _few(shape)
+    if few:
         choices += [dict(apart=n) for n in sorted({1, max(1, fill // 2)})]  # of which each takes twice the blocks
-        own = dict(apart=fill // 2) if fill > 1 else own
-    return own, choices
+    return pieces.default(direction, batch * heads, length, few=few), choices
+
+
+def _few(shape: Shape) -> bool:
+    """Whether the kernel of few heads serves what is measured."""
+    batch, _, heads, _, value_dim = shape
+    return few_heads.serves(batch * heads, value_dim, ("gain",), tied=True, save=False)
 
 
 def pieces_program(direction: str, shape: Shape, choice: dict[str, int]) -> Callable[[], Any]:
@@ -65,7 +71,7 @@ def pieces_program(direction: str, shape: Shape, choice: dict[str, int]) -> Call
     draw = lambda seed, *size: jax.random.normal(jax.random.key(seed), (batch, length, heads, *size), jnp.bfloat16)
     inputs = draw(0, key_dim), draw(1, key_dim), draw(2, value_dim), jnp.full((batch, length, heads), 0.5, jnp.float32)
     cotangents = draw(3, value_dim), jnp.zeros((batch, heads, key_dim, value_dim), jnp.float32)
-    plan = pieces.chosen(direction, batch * heads, length, value_dim, choice)
+    plan = pieces.chosen(direction, batch * heads, length, value_dim, choice, few=_few(shape))
     options = dict(scale=1.0, exact=True, plan=plan)
 
     def step(query, key, value, beta, d_output, d_state):

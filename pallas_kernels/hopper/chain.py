@@ -192,17 +192,15 @@ def _through(config, r, w, i, state, end):
     tile = lambda ref, term, part: ref.at[r.first + term, r.first + part]
     of_map = lambda tile: tile.T if config.backward else tile
     maps_s = r.maps_s.at[w, config.ring.place(i)]
-    operands = [
-        (tile(r.low_s, term, part), of_map(tile(maps_s, map_term, part)))
-        for term, map_term in pairs
-        for part in range(config.writers)
-    ]
+    terms = [(*pair, part) for pair in pairs for part in range(config.writers)]
+    operands = [tile(r.low_s, term, part) for term, _, part in terms]
+    maps = [of_map(tile(maps_s, term, part)) for _, term, part in terms]
     if config.terms > 1:
         staged = None if r.state_stage is None else r.state_stage.at[0]
-        state = matmul(*map(list, zip(*operands, strict=True)), SQUARE, init=end, staged=staged)
+        state = matmul(operands, maps, SQUARE, init=end, staged=staged)
     else:
         # added up outside of the tensor cores, which truncate what is small beside the sum
-        state = state + (end - matmul(*map(list, zip(*operands, strict=True)), SQUARE))
+        state = state + (end - matmul(operands, maps, SQUARE))
     plgpu.barrier_arrive(r.read)
     plgpu.barrier_wait(r.read)
     return state

@@ -60,72 +60,74 @@ def forward(query, key, value, erase, write, log_decay, initial_state, begins, *
     if not tied:
         value = (write[..., None] * value).astype(value.dtype)
     query, key, value = _padded(query, key, value)
-    if plan is None:
-        plan = _plan(save, value, key)
     vectors, documents = _vectors(erase, log_decay, begins)
+    if plan is None:
+        plan = _plan(save, value, key, vectors, tied)
     initial = _transposed(initial_state, key.shape[-1], value.shape[-1])
     options = dict(scale=scale, tied=tied, save=save)
-    rows = value.shape[0] * value.shape[2]
-    apart = plan.apart and few_heads.serves(rows, value.shape[-1], vectors, tied=tied, save=save)
-    if apart:
-        plan = plan._replace(fused=False, forward=plan.apart, backward=plan.apart)
-    whole = plan.forward * CHUNK >= length
     if documents is not None and log_decay is None and not save:
         out = _by_documents(query, key, value, vectors, documents, initial, options, exact)
-    elif plan.fused and whole:
-        out = forward_kernel(key, query, value, vectors, documents, _of_one_piece(initial), exact=exact, **options)
-    elif apart and whole:
-        starts = _of_one_piece(initial)
-        out = few_heads.forward(key, query, value, vectors, starts, scale=scale, exact=exact, share=plan.apart)
     else:
-        out = _in_pieces(query, key, value, vectors, documents, initial, plan, options, exact, apart)
+        out = _by_plan(query, key, value, vectors, documents, initial, plan, options, exact)
     residuals = ()
     if save:
         residuals = tuple(out[name] for name in (*_saved(exact), "maps") if name in out)
     return out["output"][:, :length, :, :value_dim], out["final"][:, :, :key_dim, :value_dim], residuals
 
 
-def _plan(save, value, key):
+def _plan(save, value, key, vectors, tied):
     batch, length, heads, value_dim = value.shape
-    return pieces.plan("both" if save else "forward", batch * heads, length, key.shape[-1], value_dim)
+    few = few_heads.serves(batch * heads, value_dim, vectors, tied=tied, save=save)
+    kind = dict(decayed="left" in vectors, few=few)
+    return pieces.plan("both" if save else "forward", batch * heads, length, key.shape[-1], value_dim, **kind)
 
 
-def _in_pieces(query, key, value, vectors, documents, initial, plan, options, exact, apart):
-    """The forward pass of few heads: the inverse of all chunks, then the scan, perhaps of pieces side by side; fused or
-    apart: in its place a kernel which makes the inverse itself, so that only what is summed up needs it before."""
-    tied, save = options["tied"], options["save"]
-    rows = value.shape[0] * value.shape[2]
-    chunks, (key_dim, value_dim) = -(-key.shape[1] // CHUNK), (key.shape[-1], value.shape[-1])
-    even = not save and documents is None and key_dim == value_dim
-    twice = key_dim == LARGEST and "left" not in vectors
-    blocks = LARGEST // key_dim * PROCESSORS // rows if even else 0  # narrow values and maps are one block's
-    parts = pieces.parts(plan.backward, chunks, blocks=blocks, twice=twice)
-    alone = apart or plan.fused
-    prepared = parts.bounds[-1] if alone else chunks
-    keep = save and not alone
-    made = prepare(key, vectors, documents, value.dtype, chunks=prepared, tied=tied, save=keep, exact=exact)
-    solve = made.pop("solve")
-    gain, given = vectors["gain"], vectors
-    vectors = {name: x for name, x in vectors.items() if name != "gain"}
-    if keep or not tied:  # else the inverse has it
-        vectors |= dict(erase=made.get("erase", _by_head(gain)))
-    starts, maps = _of_one_piece(initial), None
-    if parts.bounds[-1]:
-        leads = None if documents is None else _borders(documents, parts.bounds)[0]
-        summed = summaries(key, value, solve, vectors, initial, tied=tied, parts=parts, leads=leads)
-        maps = summed["maps"]
-        wanted = [n for n, chunk in enumerate(parts.bounds) if chunk % plan.forward == 0]
-        starts = chain(initial, maps, summed["ends"], wanted, parts.walks)
-    if plan.fused:
-        out = forward_kernel(key, query, value, given, documents, starts, exact=exact, share=plan.forward, **options)
-        return out | ({} if maps is None else dict(maps=maps))
-    if apart:
-        return few_heads.forward(
-            key, query, value, given, starts, scale=options["scale"], exact=exact, share=plan.forward
-        )
+def _by_plan(query, key, value, vectors, documents, initial, plan, options, exact):
+    """The forward pass in one kernel, or of pieces side by side, for which what is before each of them is found first;
+    the scan needs the inverse of all chunks, too."""
+    tied, save, scanned = options["tied"], options["save"], plan.kernel == "scan"
+    chunks, scale = -(-key.shape[1] // CHUNK), options["scale"]
+    starts, made, found = _of_one_piece(initial), {}, {}
+    if scanned or plan.forward < chunks:
+        whole = dict(chunks=chunks) if scanned else {}
+        starts, made, found = _starts(key, value, vectors, documents, initial, plan, options, exact, **whole)
+    if plan.kernel == "apart":
+        return few_heads.forward(key, query, value, vectors, starts, scale=scale, exact=exact, share=plan.forward)
+    if not scanned:
+        share = min(plan.forward, chunks)
+        out = forward_kernel(key, query, value, vectors, documents, starts, exact=exact, share=share, **options)
+        return out | found
+    solve, vectors = made.pop("solve"), _of_chunks(vectors, made, tied and not save)
     out = scan(key, query, value, solve, vectors, documents, starts, share=plan.forward, **options)
     inverse = made if tied or not save else dict(inverse=solve)
-    return out | made | inverse | ({} if maps is None else dict(maps=maps))
+    return out | made | inverse | found
+
+
+def _starts(key, value, vectors, documents, initial, plan, options, exact, chunks=None):
+    """The state before every piece of the forward pass, [B, H, P, V, K]; what `prepare` made, of so many chunks or of
+    those that are summed up; and, where there are any, the maps of the pieces as `backward` wants them."""
+    tied, keep = options["tied"], options["save"] and chunks is not None
+    batch, length, heads, value_dim = value.shape
+    key_dim, decayed = key.shape[-1], "left" in vectors
+    even = not options["save"] and documents is None and key_dim == value_dim
+    blocks = LARGEST // key_dim * PROCESSORS // (batch * heads) if even else 0  # narrow values and maps are one block's
+    twice = key_dim == LARGEST and not decayed
+    parts = pieces.parts(plan.backward, -(-length // CHUNK), blocks=blocks, twice=twice)
+    kind = dict(tied=tied, save=keep, exact=exact)
+    made = prepare(key, vectors, documents, value.dtype, chunks=chunks or parts.bounds[-1], **kind)
+    if not parts.bounds[-1]:
+        return _of_one_piece(initial), made, {}
+    leads = None if documents is None else _borders(documents, parts.bounds)[0]
+    numbers = _of_chunks(vectors, made, tied and not keep)
+    summed = summaries(key, value, made["solve"], numbers, initial, tied=tied, parts=parts, leads=leads)
+    wanted = [n for n, chunk in enumerate(parts.bounds) if chunk % plan.forward == 0]
+    return chain(initial, summed["maps"], summed["ends"], wanted, parts.walks), made, dict(maps=summed["maps"])
+
+
+def _of_chunks(vectors, made, folded):
+    """Vectors as those take them to whom `prepare` gives the inverse, which has erase if folded."""
+    numbers = {name: x for name, x in vectors.items() if name != "gain"}
+    return numbers if folded else numbers | dict(erase=made.get("erase", _by_head(vectors["gain"])))
 
 
 def _by_documents(query, key, value, vectors, documents, initial, options, exact):
@@ -143,8 +145,7 @@ def _by_documents(query, key, value, vectors, documents, initial, options, exact
     kind = dict(tied=options["tied"], leads=leads)
     made = prepare(key, vectors, documents, value.dtype, chunks=parts.bounds[-1], save=False, exact=exact, **kind)
     rest = {name: x.reshape(batch, 1, -1).astype(jnp.float32) for name, x in _first_and_last(documents).items()}
-    if not options["tied"]:  # else the inverse has it
-        rest |= dict(erase=made.get("erase", _by_head(gain["gain"])))
+    rest = _of_chunks(rest | gain, made, options["tied"])
     summed = summaries(key, value, made["solve"], rest, initial, parts=parts, **kind)
     starts = chain(initial, summed["maps"], summed["ends"], range(len(parts.bounds)), leads=leads)
     return forward_kernel(key, query, value, gain, documents, starts, share=share, leads=leads, **options)
@@ -177,7 +178,7 @@ def backward(
     vectors, documents = _vectors(erase, log_decay, begins)
     vectors = _backward_vectors(vectors, saved, exact)
     d_final = _transposed(d_state, padded_key.shape[-1], d_output.shape[-1])
-    share = (_plan(True, d_output, padded_key) if plan is None else plan).backward
+    share = (_plan(True, d_output, padded_key, vectors, tied) if plan is None else plan).backward
     behind = _of_one_piece(d_final)
     if share * CHUNK < length:
         chunks = -(-length // CHUNK)

@@ -5,29 +5,28 @@ chain over those gives every piece its first state, and the cotangents of the la
 That costs two more passes, which work on the state only; of two pieces it needs no M.
 """
 
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 from pallas_kernels.hopper import blocks
 from pallas_kernels.hopper.mosaic import CHUNK, PROCESSORS
 
 LEAD = 4  # chunks that a piece is walked from before its own; where it would be more, they are summed up
 SHORTEST = 8  # chunks of a piece; below, what pieces cost besides is more than they save
+FUSED = 16  # chunks of a piece of the fused kernel; below, that of few heads, in half as many pieces, was faster
 
 
 class Plan(NamedTuple):
     """How a call is served.
 
-    fused: one kernel makes the inverse and walks the chunks; else `prepare` and `scan` do.
+    kernel: of the forward pass. "fused" makes the inverse and walks the chunks; "apart", that of few heads, too, with
+        the halves of the columns in blocks of their own; "scan" walks them, the inverse being there.
     forward, backward: chunks of a piece in either pass. Pieces of the forward pass are one or several of the backward
-    pass, which are those that summaries are made of.
-    apart: chunks of a piece of the kernel of few heads, to which a call goes that it `serves`, whatever else is said
-    here; 0 for none.
+        pass, which are those that summaries are made of; not several where the kernel is "apart".
     """
 
-    fused: bool
+    kernel: Literal["fused", "apart", "scan"]
     forward: int
     backward: int
-    apart: int = 0
 
 
 class Parts(NamedTuple):
@@ -76,37 +75,59 @@ def _snapped(chunk: int, share: int) -> int:
     return nearest if abs(chunk - nearest) <= share // 16 else chunk
 
 
-def plan(direction: str, heads: int, length: int, key_dim: int, value_dim: int) -> Plan:
+def plan(direction: str, heads: int, length: int, key_dim: int, value_dim: int, *, decayed: bool, few: bool) -> Plan:
     """As measured, else by what fills the card.
 
-    direction: "forward", or "both" where a backward pass follows. heads: B·H. value_dim: 64 or 128.
+    direction: "forward", or "both" where a backward pass follows. heads: B·H. value_dim: 64 or 128. decayed: with
+    decay, of which nothing was measured. few: whether the kernel of few heads serves the call.
     """
-    return chosen(direction, heads, length, value_dim, blocks.lookup(direction, key_dim, value_dim, heads, length))
+    choice = {} if decayed else blocks.lookup(direction, key_dim, value_dim, heads, length)
+    return chosen(direction, heads, length, value_dim, choice, decayed=decayed, few=few)
 
 
-def chosen(direction: str, heads: int, length: int, value_dim: int, choice: dict[str, int]) -> Plan:
-    """The plan of a choice as `blocks` has it: "pieces" of a row, or "apart", those of the kernel of few heads. Without
-    one, as many as fill the card, which for the latter, two blocks of threads a head, are half as many."""
+def chosen(
+    direction: str,
+    heads: int,
+    length: int,
+    value_dim: int,
+    choice: dict[str, int],
+    *,
+    decayed: bool = False,
+    few: bool = False,
+) -> Plan:
+    """The plan of a choice as `blocks` has it: how many "pieces" of a row, or "apart", those of the kernel of few
+    heads. Without one, or one whose kernel does not serve the call, that of `default`."""
+    if not choice or ("apart" in choice and not few):
+        choice = default(direction, heads, length, few=few)
+    if "apart" in choice:
+        share = -(-_chunks(length) // choice["apart"])
+        return Plan("apart", share, share)
+    return cut(direction, length, value_dim, choice["pieces"], decayed=decayed)
+
+
+def default(direction: str, heads: int, length: int, *, few: bool) -> dict[str, int]:
+    """As many pieces as fill the card; of the kernel of few heads, each of which takes two blocks, where those of the
+    fused kernel would be short, or two: for these the first one must be summed up whole."""
     count = fill(heads, length)
-    if "fused" in choice:
-        share = -(-max(1, -(-length // CHUNK)) // choice["fused"])
-        return Plan(True, share, share)
-    whole = cut(direction, heads, length, value_dim, choice.get("pieces", count))
-    apart = choice.get("apart", 0 if choice else count // 2) if direction == "forward" else 0
-    return whole._replace(apart=-(-max(1, -(-length // CHUNK)) // apart)) if apart else whole
+    if few and direction == "forward" and (count <= 2 or _chunks(length) < FUSED * count):
+        return dict(apart=max(1, count // 2))
+    return dict(pieces=count)
 
 
-def cut(direction: str, heads: int, length: int, value_dim: int, pieces: int) -> Plan:
+def cut(direction: str, length: int, value_dim: int, pieces: int, *, decayed: bool = False) -> Plan:
     """The plan for a row in so many pieces, or as many as whole chunks and pieces give."""
-    chunks = max(1, -(-length // CHUNK))
+    chunks = _chunks(length)
     share = -(-chunks // min(pieces, chunks))
-    groups = value_dim // 64  # of columns, which the scan has in blocks of their own
-    pieces = -(-chunks // share)
-    if pieces <= 2:
-        return Plan(True, chunks, share if direction == "both" else chunks)
-    if direction == "both":
-        return Plan(False, share * groups, share)
-    return Plan(False, share * groups, share * groups)
+    if -(-chunks // share) <= 2:
+        return Plan("fused", chunks, share if direction == "both" else chunks)
+    if not decayed:
+        return Plan("fused", share, share)
+    longer = share * (value_dim // 64)  # groups of columns, which the scan has in blocks of their own
+    return Plan("scan", longer, share if direction == "both" else longer)
+
+
+def _chunks(length: int) -> int:
+    return max(1, -(-length // CHUNK))
 
 
 def fill(heads: int, length: int) -> int:

@@ -43,9 +43,11 @@ def _few_heads_variants(small) -> Iterator[Variant]:
         arrays = _arrays(key_dim, 128, tied=exact, decay=not exact, documents=not exact, **sizes)
         name = f"{key_dim}x128-few" + ("-tied-exact" if exact else "-decay-documents")
         length = arrays[0].shape[1]
-        yield from _forward(name, arrays, exact=exact, plan=cut("forward", 64, length, 128, 1))
+        yield from _forward(name, arrays, exact=exact, plan=cut("forward", length, 128, 1))
         for count in (1, 2) if exact else ():
-            plan = chosen("forward", 64, count * length, 128, dict(apart=count))  # loops of a few turns are unrolled
+            plan = chosen(
+                "forward", 64, count * length, 128, dict(apart=count), few=True
+            )  # loops of a few turns are unrolled
             arrays = _arrays(
                 key_dim, 128, tied=True, decay=False, documents=False, **sizes | dict(length=count * length)
             )
@@ -62,7 +64,7 @@ def _few_documents_variants(small) -> Iterator[Variant]:
 
 
 def _pieces_variants(small) -> Iterator[Variant]:
-    """Rows in pieces: the inverse, summaries, their chain and the scan; the backward pass likewise."""
+    """Rows in pieces: the inverse, summaries, their chain, and what walks the pieces; the backward pass likewise."""
     kinds = dict(
         exact=(True, False, False), tied=(True, True, False), untied=(False, True, True), documents=(True, False, True)
     )
@@ -73,7 +75,7 @@ def _pieces_variants(small) -> Iterator[Variant]:
             continue
         options = dict(tied=tied, decay=decay, documents=documents)
         arrays = _arrays(key_dim, value_dim, **options, **small | dict(batch=4))
-        plan = cut("both", 16, arrays[0].shape[1], value_dim, 4)
+        plan = cut("both", arrays[0].shape[1], value_dim, 4, decayed=decay or documents)
         yield from _both_ways(f"{key_dim}x{value_dim}-pieces-{kind}", arrays, exact=kind == "exact", plan=plan)
 
 

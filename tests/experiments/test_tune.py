@@ -46,6 +46,8 @@ def test_few_heads_have_a_kernel_to_try():
     apart = dict(apart=1)
     assert tune.pieces_candidates("forward", (4, 4096, 16, 128, 128))[0] == apart
     assert apart in tune.pieces_candidates("forward", (2, 8192, 16, 128, 128))[1]
+    assert tune.pieces_candidates("forward", (2, 8192, 16, 128, 128))[0] == dict(pieces=4)
+    assert tune.pieces_candidates("forward", (1, 8192, 8, 128, 128))[0] == dict(apart=8)
     assert dict(apart=4) in tune.pieces_candidates("forward", (1, 16384, 16, 128, 128))[1]
     assert apart not in tune.pieces_candidates("both", (4, 4096, 16, 128, 128))[1]
     assert apart not in tune.pieces_candidates("forward", (8, 2048, 16, 128, 128))[1]

@@ -38,7 +38,7 @@ CASES = [
 @pytest.mark.usefixtures("interpreted")
 def test_scores_are_scaled_before_they_are_rounded(monkeypatch):
     """Products of queries and keys beyond the range of float16, which a scale, here a power of two, brings back."""
-    monkeypatch.setattr(pieces, "plan", lambda direction, *sizes: pieces.Plan(True, 2, 2, apart=2))
+    monkeypatch.setattr(pieces, "plan", lambda *call, **kind: pieces.Plan("apart", 2, 2))
     inputs, _ = rounded(dtype=np.float16, batch=1, length=70, value_dim=128, norm2=64)
     plain = efla_attention(**inputs, implementation="pallas_gpu")
     large = inputs | dict(query=inputs["query"] * np.float16(8192))
@@ -54,8 +54,8 @@ def test_scores_are_scaled_before_they_are_rounded(monkeypatch):
 def test_accurate(monkeypatch, sizes, options, stateful, count):
     """Against the float64 loop, by the error of `xla`."""
 
-    def plan(direction, heads, length, key_dim, value_dim):
-        return pieces.chosen(direction, heads, length, value_dim, dict(apart=count))
+    def plan(direction, heads, length, key_dim, value_dim, **kind):
+        return pieces.chosen(direction, heads, length, value_dim, dict(apart=count), **kind)
 
     monkeypatch.setattr(pieces, "plan", plan)
     ran, forward = [], few_heads.forward

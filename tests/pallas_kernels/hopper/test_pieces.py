@@ -38,45 +38,50 @@ def test_fill(heads, length, count):
 
 
 @pytest.mark.parametrize(
-    ("direction", "heads", "length", "value_dim", "want"),
+    ("direction", "heads", "length", "kind", "want"),
     [
-        ("both", 128, 2048, 128, Plan(True, 32, 32)),
-        ("both", 64, 4096, 128, Plan(True, 64, 32)),  # of two pieces no map is needed
-        ("forward", 64, 4096, 128, Plan(True, 64, 64, apart=64)),
-        ("forward", 32, 8192, 128, Plan(False, 64, 64, apart=64)),
-        ("both", 32, 8192, 128, Plan(False, 64, 32)),
-        ("forward", 16, 16384, 128, Plan(False, 64, 64, apart=64)),
-        ("forward", 16, 16384, 64, Plan(False, 32, 32, apart=64)),
-        ("both", 16, 16000, 128, Plan(False, 64, 32)),  # the last piece is shorter
-        ("both", 16, 1, 128, Plan(True, 1, 1)),
+        ("both", 128, 2048, {}, Plan("fused", 32, 32)),
+        ("both", 64, 4096, {}, Plan("fused", 64, 32)),  # of two pieces no map is needed
+        ("forward", 64, 4096, dict(few=True), Plan("apart", 64, 64)),
+        ("forward", 64, 4096, {}, Plan("fused", 64, 64)),
+        ("forward", 32, 8192, dict(few=True), Plan("fused", 32, 32)),
+        ("both", 32, 8192, {}, Plan("fused", 32, 32)),
+        ("both", 32, 8192, dict(decayed=True), Plan("scan", 64, 32)),
+        ("forward", 32, 8192, dict(decayed=True), Plan("scan", 64, 64)),
+        ("forward", 16, 4096, dict(few=True), Plan("apart", 16, 16)),  # pieces of 8 chunks
+        ("forward", 16, 4096, {}, Plan("fused", 8, 8)),
+        ("both", 16, 16000, {}, Plan("fused", 32, 32)),  # the last piece is shorter
+        ("both", 16, 1, {}, Plan("fused", 1, 1)),
     ],
 )
-def test_plan(monkeypatch, direction, heads, length, value_dim, want):
+def test_plan(monkeypatch, direction, heads, length, kind, want):
     """Where nothing was measured."""
     monkeypatch.setattr(blocks, "lookup", lambda *args: {})
-    assert pieces.plan(direction, heads, length, 128, value_dim) == want
+    assert pieces.plan(direction, heads, length, 128, 128, **dict(decayed=False, few=False) | kind) == want
 
 
 def test_a_measured_count_comes_first(monkeypatch):
+    """But where decay was not measured."""
     monkeypatch.setattr(blocks, "lookup", lambda *args: {"pieces": 4})
-    assert pieces.plan("both", 128, 2048, 128, 128) == Plan(False, 16, 8)
+    assert pieces.plan("both", 128, 2048, 128, 128, decayed=False, few=False) == Plan("fused", 8, 8)
+    assert pieces.plan("both", 128, 2048, 128, 128, decayed=True, few=False) == Plan("fused", 32, 32)
 
 
 @pytest.mark.parametrize(
-    ("heads", "measured", "want"),
+    ("measured", "few", "want"),
     [
-        (32, {"apart": 1}, Plan(False, 64, 64, apart=128)),
-        (32, {"apart": 3}, Plan(False, 64, 64, apart=43)),
-        (64, {"pieces": 2}, Plan(True, 128, 128)),
-        (32, {}, Plan(False, 64, 64, apart=64)),
+        ({"apart": 1}, True, Plan("apart", 128, 128)),
+        ({"apart": 3}, True, Plan("apart", 43, 43)),
+        ({"apart": 3}, False, Plan("fused", 32, 32)),
+        ({"pieces": 8}, True, Plan("fused", 16, 16)),
+        ({"pieces": 2}, False, Plan("fused", 128, 128)),
     ],
     ids=str,
 )
-def test_states_and_outputs_apart(monkeypatch, heads, measured, want):
+def test_measured_of_few_heads(monkeypatch, measured, few, want):
     """As measured. What the kernel of few heads does not serve is cut as if there were no such kernel."""
     monkeypatch.setattr(blocks, "lookup", lambda *args: measured)
-    assert pieces.plan("forward", heads, 8192, 128, 128) == want
-    assert not pieces.plan("both", heads, 8192, 128, 128).apart
+    assert pieces.plan("forward", 32, 8192, 128, 128, decayed=False, few=few) == want
 
 
 @pytest.mark.parametrize(
@@ -269,7 +274,7 @@ def test_walks_that_there_are_not(given, message):
     solve = shape((1, 1, 4, 64, 64), jnp.bfloat16)
     vectors, leads = (dict(left=numbers, right=numbers), None) if "left" in given else ({}, shape((1, 3), jnp.int32))
     parts = Parts((0, 1, 2, 4), (0, 1, 2, 3), True) if "left" in given else Parts((0, 1, 2), (0, 2))
-    run = lambda *arrays, leads: summaries(*arrays, None, tied=True, parts=parts, leads=leads)
+    run = partial(summaries, initial=None, tied=True, parts=parts)
     with pytest.raises(ValueError, match=message):
         jax.eval_shape(run, keys, keys, solve, vectors, leads=leads)
 
@@ -294,19 +299,21 @@ def test_op_in_two_pieces(monkeypatch):
     ],
 )
 def test_fused_in_pieces(monkeypatch, share, sizes):
-    """The kernel that makes the inverse, on pieces whose first states runs over several of them have made."""
-    monkeypatch.setattr(pieces, "plan", lambda *call: Plan(True, share, share))
+    """The kernel that makes the inverse, on pieces whose first states runs over several of them have made, or, where it
+    saves what the backward pass needs, runs over one each."""
+    monkeypatch.setattr(pieces, "plan", lambda *call, **kind: Plan("fused", share, share))
     monkeypatch.setattr(op, "PROCESSORS", 4 * sizes.get("heads", 1))
     monkeypatch.setattr(importlib.import_module("pallas_kernels.hopper.forward"), "PROCESSORS", 1)
     monkeypatch.setattr(pieces, "parts", partial(_longer, pieces.parts))
-    inputs, _ = rounded(batch=1, **sizes)
+    inputs, cotangent = rounded(batch=1, **sizes)
     assert_accurate_alone(inputs)
+    assert_accurate(inputs, cotangent)
 
 
-def _longer(parts, share, chunks, **options):
-    """Runs even where they would save too little."""
-    found = parts(share, chunks, **options)
-    if len(found.bounds) < 4 or len(found.walks) < len(found.bounds):
+def _longer(parts, share, chunks, *, blocks, **options):
+    """Runs of two pieces and of all others, even where they would save too little."""
+    found = parts(share, chunks, blocks=blocks, **options)
+    if not blocks or len(found.bounds) < 4 or len(found.walks) < len(found.bounds):
         return found
     return Parts(found.bounds, (0, 2, len(found.bounds) - 1))
 
@@ -314,8 +321,8 @@ def _longer(parts, share, chunks, **options):
 @pytest.mark.slow
 @pytest.mark.usefixtures("interpreted")
 def test_even_runs(monkeypatch):
-    """The scan of two pieces long enough for runs of equal length, one of them walked twice."""
-    monkeypatch.setattr(pieces, "plan", lambda *call: Plan(False, 9, 9))
+    """Two pieces long enough for runs of equal length, one of them walked twice."""
+    monkeypatch.setattr(pieces, "plan", lambda *call, **kind: Plan("fused", 9, 9))
     monkeypatch.setattr(op, "PROCESSORS", 4)
     assert pieces.parts(9, 18, blocks=4, twice=True).twice
     inputs, _ = rounded(batch=1, length=1152, key_dim=128, value_dim=128)
