@@ -25,7 +25,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from pallas_kernels.hopper.masks import only_if
-from pallas_kernels.hopper.mosaic import F32, SQUARE, TILE, Ring, copy_out, launch, lookup, matmul, smem, stage
+from pallas_kernels.hopper.mosaic import F32, SQUARE, TILE, Ring, copy_out, launch, lookup, matmul, modulo, smem, stage
 
 ROUNDED = jnp.bfloat16
 
@@ -81,9 +81,8 @@ def _run(first, maps, ends, wanted, leads, *, walks=None, backward):
     scratch = dict(
         maps_s=smem((writers, ring.slots, terms, writers, *SQUARE), maps.dtype),
         maps_full=plgpu.Barrier(num_arrivals=terms * writers, num_barriers=writers * ring.turns),
-        low_s=smem((terms, writers, *SQUARE), maps.dtype),
-        written=plgpu.Barrier(num_arrivals=writers),
-        read=plgpu.Barrier(num_arrivals=writers),
+        low_s=smem((2, terms, writers, *SQUARE), maps.dtype),
+        low_full=plgpu.Barrier(num_arrivals=writers),
         starts_s=smem((writers, *SQUARE), F32),
         state_stage=stage(maps.dtype),
     )
@@ -116,29 +115,42 @@ def _chain(config, r, w):
         part = piece(jnp.minimum(i, last - 1))
         return plgpu.load(r.ends.at[r.b, r.h, part, *here], layout=TILE, optimized=False)
 
-    def store(i, state):
-        place = lookup(places, piece(i))
+    def put(i, state):
+        """The i-th state where it is sent from; what is written until `send` goes with it."""
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)
         r.starts_s.at[w][...] = state
+
+    def send(i):
+        place = lookup(places, piece(i))
         plgpu.commit_smem()
         copy_out(r.starts_s.at[w], r.starts.at[r.b, r.h, jnp.maximum(place, 0), *here], place >= 0)
 
     def step(i, carry):
         *states, made = carry
-        coming, behind, before = end(i + 2), lead(i + 2), states[0]
+        behind, before = lead(i + 2), states[0]
         if config.runs:
             begins = lookup([part in config.runs for part in range(last)], i + 1) != 0
             before = only_if(begins, lambda _: states[1], before)
+        put(i + 1, states[-1])
+        _put_low(config, r, w, i, before)
+        send(i + 1)
+        plgpu.barrier_arrive(r.low_full)
+        # A fence waits for all loads: this one has the rest of the step.
+        coming = end(i + 2)
+        plgpu.barrier_wait(r.low_full)
         state = only_if(behind < 0, lambda state: _advanced(config, r, w, i, behind, state, made), before)
-        store(i + 2, state)
         load(i + ring.slots)
         return (before, state, coming) if config.runs else (state, coming)
 
+    def store(i, state):
+        put(i, state)
+        send(i)
+
     def walk():
         state = end(r.first)
-        store(r.first + 1, state)
         states = (state, state) if config.runs else (state,)
-        lax.fori_loop(0, steps, step, (*states, end(r.first + 1)))
+        *_, state, _ = lax.fori_loop(0, steps, step, (*states, end(r.first + 1)))
+        store(steps + 1 + r.first, state)
 
     for i in range(min(ring.slots, last - 1)):
         load(i + r.first)
@@ -180,27 +192,25 @@ def _advanced(config, r, w, i, behind, state, end):
     return lax.cond(behind == -1, through, lambda _: end, state) if partly else through(state)
 
 
+def _put_low(config, r, w, i, state):
+    """What of the state is multiplied in step i, to where both warpgroups read it; they may still read that of the step
+    before."""
+    for term, low in enumerate(split(state) if config.terms > 1 else [state]):
+        r.low_s.at[modulo(i, 2), r.first + term, w][...] = low.astype(config.dtype)
+
+
 def _through(config, r, w, i, state, end):
     """What the map of step i and its end make of the state."""
-    for low_s, low in zip(range(config.terms), split(state) if config.terms > 1 else [state], strict=True):
-        r.low_s.at[low_s, w][...] = low.astype(config.dtype)
-    plgpu.commit_smem()
-    plgpu.barrier_arrive(r.written)
-    plgpu.barrier_wait(r.written)
     plgpu.barrier_wait(_full(config, r, w, i))
     pairs = ((0, 0), (0, 1), (1, 0)) if config.terms > 1 else ((0, 0),)
     tile = lambda ref, term, part: ref.at[r.first + term, r.first + part]
     of_map = lambda tile: tile.T if config.backward else tile
     maps_s = r.maps_s.at[w, config.ring.place(i)]
     terms = [(*pair, part) for pair in pairs for part in range(config.writers)]
-    operands = [tile(r.low_s, term, part) for term, _, part in terms]
+    operands = [tile(r.low_s.at[modulo(i, 2)], term, part) for term, _, part in terms]
     maps = [of_map(tile(maps_s, term, part)) for _, term, part in terms]
     if config.terms > 1:
         staged = None if r.state_stage is None else r.state_stage.at[0]
-        state = matmul(operands, maps, SQUARE, init=end, staged=staged)
-    else:
-        # added up outside of the tensor cores, which truncate what is small beside the sum
-        state = state + (end - matmul(operands, maps, SQUARE))
-    plgpu.barrier_arrive(r.read)
-    plgpu.barrier_wait(r.read)
-    return state
+        return matmul(operands, maps, SQUARE, init=end, staged=staged)
+    # added up outside of the tensor cores, which truncate what is small beside the sum
+    return state + (end - matmul(operands, maps, SQUARE))
