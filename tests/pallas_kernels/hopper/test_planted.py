@@ -11,12 +11,11 @@ import sys
 import types
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from efla_jax import efla_attention
-from pallas_kernels.hopper import op, pieces
+from pallas_kernels.hopper import pieces
 from tests.ops import helpers
 from tests.ops.helpers import evaluate
 from tests.pallas_kernels.hopper.helpers import attend, documents, in_whole_rows, rounded, too_far
@@ -139,20 +138,6 @@ def test_late_wait_in_few_heads(races, plant, monkeypatch, name, old, new):
         jax.block_until_ready(efla_attention(**inputs, implementation="pallas_gpu"))
 
     assert found(races, run)
-
-
-@pytest.mark.slow
-def test_other_half_of_the_rows(races, plant):
-    """In the chain a warpgroup multiplies before the other has put its rows there."""
-    plant("chain", r" +plgpu\.barrier_wait\(r\.low_full\)\n", "")
-    assert found(races, chain_of_runs)
-
-
-def chain_of_runs():
-    """The states before and behind six parts in three runs."""
-    maps = jnp.broadcast_to(jnp.eye(128, dtype=jnp.bfloat16), (1, 1, 6, 128, 128))
-    ends = jnp.ones((1, 1, 6, 64, 128))
-    return np.asarray(op.chain(None, maps, ends, range(7), (0, 2, 5, 6)))
 
 
 def test_missing_wait(races, plant):
