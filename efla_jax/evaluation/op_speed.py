@@ -22,6 +22,7 @@ DIRECTIONS = (FORWARD, BOTH)
 CHUNK = 64  # of the chunkwise form whose products are counted
 _NAME = 160  # characters of a kernel's name; a template's can be thousands
 _LONG = 0.5  # seconds of a call from which on three repeats must do
+_AT_LEAST = 0.02  # seconds that queued calls last: under load a card may hold its clock back
 
 
 class DoesNotFit(EvaluationError):
@@ -73,20 +74,26 @@ def spread(samples: Sequence[float]) -> dict[str, float]:
     return {"median": median, "first_quartile": quarter, "third_quartile": three_quarters}
 
 
-def call_seconds(program: Program, repeats: int, at_least: float = 0.02) -> list[float]:
-    """Seconds of one call, `repeats` times (at most 3 times if it is long): so many calls queued one behind the other
-    that they last `at_least`, on the sets of inputs in turn, timed by the host until the last is done."""
-    for _ in range(3):  # what is loaded, tuned or cached at first is not timed
-        begun = time.perf_counter()
-        program.wait(program.run(0))
-        one = time.perf_counter() - begun
-    calls = min(50, math.ceil(at_least / one))
+def call_seconds(program: Program, repeats: int) -> list[float]:
+    """Seconds of one call, `repeats` times (at most 3 times if it is long): of as many as `_queue` says, queued one
+    behind the other, on the sets of inputs in turn, timed by the host until the last is done."""
+    one, calls = _queue(program)
     samples = []
     for _ in range(repeats if one < _LONG else min(repeats, 3)):
         begun = time.perf_counter()
         program.wait(_run(program, calls))
         samples.append((time.perf_counter() - begun) / calls)
     return samples
+
+
+def _queue(program: Program) -> tuple[float, int]:
+    """Seconds of one call, and how many last `_AT_LEAST`, or 50."""
+    one = 0.0
+    for _ in range(3):  # what is loaded, tuned or cached at first is not timed
+        begun = time.perf_counter()
+        program.wait(program.run(0))
+        one = time.perf_counter() - begun
+    return one, min(50, math.ceil(_AT_LEAST / one))
 
 
 def _run(program: Program, calls: int) -> Any:
@@ -97,13 +104,15 @@ def _run(program: Program, calls: int) -> Any:
     return results
 
 
-def kernel_seconds(program: Program, calls: int = 4) -> dict[str, dict[str, float]] | None:
-    """What a GPU runs for one call, by the profiler's trace of a few: {kernel: {"launches", "seconds"}}, longest first.
+def kernel_seconds(program: Program) -> dict[str, dict[str, float]] | None:
+    """What a GPU runs for one call, by the profiler's trace of queued ones: {kernel: {"launches", "seconds"}}, longest
+    first.
 
     None where there is no GPU, or its trace is empty.
     """
     if jax.default_backend() != "gpu":
         return None
+    _, calls = _queue(program)
     options = jax.profiler.ProfileOptions()
     options.python_tracer_level = options.host_tracer_level = 0
     with tempfile.TemporaryDirectory(prefix="efla-trace-") as folder:
