@@ -226,7 +226,10 @@ _GRADIENTS_OF_UPDATE = Kernel(
     Products(ckv=3, cck=4, ccv=2),
     "chunk",
 )
-# Rows in pieces. The inverse twice where saved: what solves for the error is not what the gradients want.
+# Rows in pieces: the inverse of what is summed up, and again in the forward kernel; here of all pieces, the last one
+# too. With decay the scan reads it. Saved it is made twice: what solves for the error is not what the gradients want.
+_PREPARE_ALONE = replace(_PREPARE, products=Products(cck=1, ccc=_FUSED_INVERSE))
+_FUSED_PIECES = replace(_FUSED, blocks="piece")
 _PREPARE_BOTH = Kernel("prepare", ("k", "erase", "decay"), ("T",), Products(cck=1, ccc=_FUSED_INVERSE), "chunk", ("T",))
 # K S, T R, Kᵀ U, of the values' columns and of as many of the map as there are of the keys; here K = V
 _SUMMARIES = Kernel("summaries", ("k", "v", "T", "erase", "decay"), (), Products(ckv=4, ccv=2), "piece")
@@ -243,7 +246,8 @@ _REVERSE = Kernel("reverse", ("q", "k", "do", "T", "erase", "decay"), (), Produc
 _PIECES_BACKWARD = replace(_FUSED_BACKWARD, blocks="piece")
 DESIGNS = {
     "fused": Design((_FUSED,), (_FUSED_BACKWARD,)),
-    "pieces": Design((_PREPARE_BOTH, _SUMMARIES, _SCAN_PIECES), (_REVERSE, _PIECES_BACKWARD)),
+    "pieces": Design((_PREPARE_ALONE, _SUMMARIES, _FUSED_PIECES), (_REVERSE, _PIECES_BACKWARD)),
+    "scanned pieces": Design((_PREPARE_BOTH, _SUMMARIES, _SCAN_PIECES), (_REVERSE, _PIECES_BACKWARD)),
     "fused forward": Design((_FUSED,), (_BACKWARD_SCAN, _GRADIENTS_OF_UPDATE)),
     "split": Design((_PREPARE, _SCAN), (_BACKWARD_SCAN, _GRADIENTS)),
     "recomputed": Design((_PREPARE, _SCAN), (_STATES, _BACKWARD_SCAN, _GRADIENTS)),

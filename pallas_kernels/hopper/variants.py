@@ -77,6 +77,11 @@ def _pieces_variants(small) -> Iterator[Variant]:
         arrays = _arrays(key_dim, value_dim, **options, **small | dict(batch=4))
         plan = cut("both", arrays[0].shape[1], value_dim, 4, decayed=decay or documents)
         yield from _both_ways(f"{key_dim}x{value_dim}-pieces-{kind}", arrays, exact=kind == "exact", plan=plan)
+    arrays = _arrays(
+        128, 128, tied=True, decay=False, documents=False, **small | dict(batch=16)
+    )  # all columns in a block
+    plan = cut("both", arrays[0].shape[1], 128, 4)
+    yield from _both_ways("128x128-pieces-full-exact", arrays, exact=True, plan=plan)
 
 
 def _forward(name, arrays, **options) -> Iterator[Variant]:

@@ -43,7 +43,7 @@ def expected(name: str, kind: str) -> tuple[str, ...]:
     """The kernels of a variant."""
     if "apart" in name:
         return ("few_heads",) if name.endswith("-1") else FEW_IN_PIECES
-    if kind == "forward" and re.search("pieces-(exact|documents$)", name):  # documents that are not saved
+    if kind == "forward" and re.search("pieces-(full-)?(exact|documents$)", name):  # documents that are not saved
         return FUSED_IN_PIECES
     return IN_PIECES[kind] if "pieces" in name else (kind,)
 
