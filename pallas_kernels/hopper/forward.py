@@ -20,8 +20,10 @@ where values were.
 Of documents without decay, the helpers say of each chunk in which one begins which of its tokens see the state before
 it, and which are of the document that it ends with. Of such a chunk the state warpgroups multiply what the state
 recalls by the former, empty the state, and multiply its updates by the latter or, where helpers are ahead, make the
-keys of all others zeros. Rows of documents can be walked in pieces side by side, each from where the document begins
-that it cuts, or from a given state.
+keys of all others zeros.
+
+Rows can be walked in pieces side by side, each from a given state or, of such documents, from where the one begins that
+it cuts.
 
 The state warpgroups: `pallas_kernels.hopper.forward_state`; the helpers: `pallas_kernels.hopper.forward_helper`.
 
@@ -76,8 +78,7 @@ def forward(key, query, value, vectors, documents, starts, *, scale, tied, save,
         documents: [B, N·64] int32 or None, counted anew from chunk to chunk: 0 is what the chunk before ended with.
         starts: [B, H, P, V, K] float32, the state before each piece, or None for zeros.
         exact: erase is (1 - e^{-βλ})/λ, made here from λ = ‖k‖², which the diagonal of K Kᵀ holds anyway.
-        share: chunks of a piece, of which the last may have fewer; None for all, as it must be but for documents
-            without decay of which nothing is saved.
+        share: chunks of a piece, of which the last may have fewer; None for all.
         leads: [B, P] int32, for those documents: as many chunks before the piece begins the document that it is walked
             from, with zeros before; where negative, it is walked from starts.
 

@@ -47,8 +47,8 @@ def parts(share: int, chunks: int, *, blocks: int = 0, twice: bool = False) -> P
     """All pieces of `share` chunks but the last, which nothing follows.
 
     blocks: of threads that a row has to itself. Runs that are not the pieces give each of them as much to walk, if that
-        is less by more than the longer chain takes. Not for documents: of a part only what follows the last beginning
-        of one is walked, and the fewer parts the less.
+        is less by more than the longer chain takes, a step of which is as long as a chunk or two. Not for documents: of
+        a part only what follows the last beginning of one is walked, and the fewer parts the less.
     twice: and half a run besides, for one more block, so that all of them walk as much.
     """
     count = -(-chunks // share) - 1

@@ -1,4 +1,4 @@
-"""The triangular inverse of every chunk, all chunks side by side: what the scan of few heads would else wait for.
+"""The triangular inverse of every chunk, all chunks side by side: what summaries and the scan would else wait for.
 
 Warpgroups of a block share nothing: each takes chunks of its own, one after the other, and sends for the next chunk's
 keys once it has multiplied those of one. The inverse itself: `pallas_kernels.hopper.inverse`.

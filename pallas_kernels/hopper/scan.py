@@ -1,4 +1,4 @@
-"""The scan over chunks where heads are few and time is what one chunk takes to follow the other.
+"""The scan over chunks where heads are few, with decay: then time is what one chunk takes to follow the other.
 
 The inverse of every chunk is there (`pallas_kernels.hopper.prepare`). A block of threads walks the chunks of one piece
 of a sequence, for one value head and 64 columns of its state, with three warpgroups:

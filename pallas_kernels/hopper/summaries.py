@@ -1,4 +1,4 @@
-"""What parts of a row do to the state, so that all pieces of a scan can begin at a time.
+"""What parts of a row do to the state, so that all pieces of it can begin at a time.
 
 Over a part the state goes through an affine map, S ↦ M S + E: E is what the scan leaves of a zero state, I - M what it
 leaves of a zero state and the keys as values. So both are walked alike, by state warpgroups as those of

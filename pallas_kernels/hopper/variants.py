@@ -45,12 +45,9 @@ def _few_heads_variants(small) -> Iterator[Variant]:
         length = arrays[0].shape[1]
         yield from _forward(name, arrays, exact=exact, plan=cut("forward", length, 128, 1))
         for count in (1, 2) if exact else ():
-            plan = chosen(
-                "forward", 64, count * length, 128, dict(apart=count), few=True
-            )  # loops of a few turns are unrolled
-            arrays = _arrays(
-                key_dim, 128, tied=True, decay=False, documents=False, **sizes | dict(length=count * length)
-            )
+            long = count * length  # loops of a few turns are unrolled
+            plan = chosen("forward", 64, long, 128, dict(apart=count), few=True)
+            arrays = _arrays(key_dim, 128, tied=True, decay=False, documents=False, **sizes | dict(length=long))
             apart = partial(forward, scale=1.0, save=False, exact=True, plan=plan)
             yield f"forward-{name}-apart-{count}", "forward", apart, arrays
 
@@ -77,9 +74,8 @@ def _pieces_variants(small) -> Iterator[Variant]:
         arrays = _arrays(key_dim, value_dim, **options, **small | dict(batch=4))
         plan = cut("both", arrays[0].shape[1], value_dim, 4, decayed=decay or documents)
         yield from _both_ways(f"{key_dim}x{value_dim}-pieces-{kind}", arrays, exact=kind == "exact", plan=plan)
-    arrays = _arrays(
-        128, 128, tied=True, decay=False, documents=False, **small | dict(batch=16)
-    )  # all columns in a block
+    full = small | dict(batch=16)  # heads enough for a block to have all columns
+    arrays = _arrays(128, 128, tied=True, decay=False, documents=False, **full)
     plan = cut("both", arrays[0].shape[1], 128, 4)
     yield from _both_ways("128x128-pieces-full-exact", arrays, exact=True, plan=plan)
 
