@@ -11,9 +11,10 @@ bfloat16: with the state as another such sum, of four products the one of both r
 out. A map of zeros then leaves nothing of what was before.
 """
 
-from functools import reduce
+from collections.abc import Callable
+from functools import partial, reduce
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.experimental.pallas as pl
@@ -85,79 +86,112 @@ def _run(first, maps, ends, wanted, leads, *, walks=None, backward):
     config = SimpleNamespace(
         runs=runs, states=ends.shape[2] + (not backward), key_dim=key_dim, given=first is not None,
         skipping=leads is not None, backward=backward, ring=ring, wanted=wanted, terms=maps.shape[3] // key_dim,
-        dtype=maps.dtype,
+        dtype=maps.dtype, groups=value_dim // 64,
     )  # fmt: skip
     outputs = dict(starts=jax.ShapeDtypeStruct((batch, heads, len(wanted), value_dim, key_dim), F32))
-    grid = batch, heads, value_dim // 64
+    grid = batch, heads, config.groups * (1 if runs is None else max(1, len(runs) - 2))
     return launch("efla_chain", config, inputs, outputs, scratch, grid, (1, _chain))["starts"]
 
 
+class _Course(NamedTuple):
+    """The states that a block makes, one after the other, numbered by the parts before them.
+
+    at: number of the i-th, i ≥ 1, the first of which is what its part has left.
+    leads: how many of them lead on, each to the next; all others are made of the last of these.
+    count: of them all.
+    """
+
+    at: Callable[[Any], Any]
+    leads: Any
+    count: Any
+
+
+def _course(config, r):
+    """All states; of a row in runs, those within the block's run and before them what leads there. The first two runs
+    are one block's: within the first there is nothing to multiply."""
+    if config.runs is None:
+        count: Any = config.states - 1
+        if config.skipping:  # up to the last that is wanted
+            reached = [jnp.where(_lead(config, r, n) < 0, n, 1) for n in range(2, config.states)]
+            count = reduce(jnp.maximum, reached, r.first + 1)
+        return _Course(lambda i: i, count, count)
+    walks, run = (*config.runs, config.runs[-1]), 1 + lax.div(r.c, jnp.int32(config.groups))
+    first, end = lookup(walks, run), lookup(walks[1:], run)
+    leads = jnp.where(run == 1, walks[1], run)
+    leading = lambda i: jnp.where(run == 1, i, lookup(walks, i))
+    return _Course(lambda i: jnp.where(i <= leads, leading(i), first + i - leads), leads, leads + end - first)
+
+
 def _chain(config, r, _):
-    """64 columns of the state, over all parts."""
-    columns = pl.ds(r.c * 64, 64)
+    """64 columns of the state, over the parts of the block's course."""
+    columns = pl.ds(lax.rem(r.c, jnp.int32(config.groups)) * 64, 64)
     ring, last = config.ring, config.states - 1
     places = [config.wanted.index(n) if n in config.wanted else -1 for n in range(config.states)]
-    piece = lambda i: last - i if config.backward else i + r.first
-    lead = lambda n: _lead(config, r, n)
-    steps: Any = last - 1
-    if config.skipping:  # up to the last state that is wanted
-        steps = reduce(jnp.maximum, [jnp.where(lead(n) < 0, n - 1, 0) for n in range(2, config.states)], r.first)
+    piece = lambda n: last - n if config.backward else n + r.first
+    course, own = _course(config, r), r.c < config.groups  # whether what leads on is the block's to store
 
     def load(i):
-        slot, full = ring.place(i), ring.full(r, i)
-        behind = lead(i + 2)
-        copy_maps = lambda: plgpu.copy_gmem_to_smem(r.maps.at[r.b, r.h, piece(i + 1)], r.maps_s.at[slot], full)
+        """Sends for the part before the course's i-th state, i ≥ 2."""
+        slot, full, n = ring.place(i - 2), ring.full(r, i - 2), course.at(i)
+        lead, part = _lead(config, r, n), piece(n - 1)
+        copy_maps = lambda: plgpu.copy_gmem_to_smem(r.maps.at[r.b, r.h, part], r.maps_s.at[slot], full)
 
-        @pl.when(behind < 0)
+        @pl.when(lead < 0)
         def _():
-            plgpu.copy_gmem_to_smem(r.ends.at[r.b, r.h, piece(i + 1), columns], r.ends_s.at[slot], full)
-            pl.when(behind == -1)(copy_maps)
-            pl.when(behind < -1)(lambda: plgpu.barrier_arrive(full))
+            plgpu.copy_gmem_to_smem(r.ends.at[r.b, r.h, part, columns], r.ends_s.at[slot], full)
+            pl.when(lead == -1)(copy_maps)
+            pl.when(lead < -1)(lambda: plgpu.barrier_arrive(full))
 
-    def store(i, state):
-        place = lookup(places, piece(i))
+    def store(n, state):
+        place = lookup(places, piece(n))
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)
         r.starts_s[...] = state
         plgpu.commit_smem()
         copy_out(r.starts_s, r.starts.at[r.b, r.h, jnp.maximum(place, 0), columns], place >= 0)
 
-    def step(i, states):
-        behind = lead(i + 2)
-        before = states[0]
-        if config.runs:
-            begins = lookup([part in config.runs for part in range(last)], i + 1) != 0
-            before = only_if(begins, lambda _: states[1], before)
-        state = only_if(behind < 0, lambda state: _advanced(config, r, i, behind, state), before)
-        store(i + 2, state)  # what read the place is done, too, before the copy, which is another proxy, writes it
-        pl.when(i + ring.slots < steps)(lambda: load(i + ring.slots))
-        return (before, state) if config.runs else (state,)
+    def step(i, before, *, stored):
+        """The course's i-th state, of the one before it or before the run."""
+        lead = _lead(config, r, course.at(i))
+        state = only_if(lead < 0, lambda state: _advanced(config, r, i - 2, lead, state), before)
+        pl.when(stored)(lambda: store(course.at(i), state))
+        pl.when(jnp.logical_not(stored))(plgpu.commit_smem)  # what read the place is done before the copy, either way
+        pl.when(i + ring.slots <= course.count)(lambda: load(i + ring.slots))
+        return state
 
     def walk():
-        state = plgpu.load(r.ends.at[r.b, r.h, piece(r.first), columns], layout=TILE, optimized=False)
-        store(r.first + 1, state)
-        lax.fori_loop(0, steps, step, (state, state) if config.runs else (state,))
+        n = course.at(r.first + 1)
+        state = plgpu.load(r.ends.at[r.b, r.h, piece(n - 1), columns], layout=TILE, optimized=False)
+        pl.when(own)(lambda: store(n, state))
+        state = lax.fori_loop(2, course.leads + 1, partial(step, stored=own), state)
+        if config.runs is not None:
+            within = lambda i, state: (step(i, state, stored=True), state)[1]
+            lax.fori_loop(course.leads + 1, course.count + 1, within, state)
 
-    for i in range(min(ring.slots, last - 1)):
-        pl.when(steps > i)(lambda i=i: load(i + r.first))
-    if config.given:
-        store(r.first, plgpu.load(r.first_state.at[r.b, r.h, columns], layout=TILE, optimized=False))
-    elif not config.skipping:
-        store(r.first, plgpu.layout_cast(jnp.zeros((64, config.key_dim), F32), TILE))
-    pl.when((steps > 0) | (lead(1) < 0))(walk)
+    for i in range(2, min(ring.slots, last - 1) + 2):
+        pl.when(i <= course.count)(lambda i=i: load(i + r.first))
+
+    @pl.when(own)
+    def _():
+        if config.given:
+            store(r.first, plgpu.load(r.first_state.at[r.b, r.h, columns], layout=TILE, optimized=False))
+        elif not config.skipping:
+            store(r.first, plgpu.layout_cast(jnp.zeros((64, config.key_dim), F32), TILE))
+
+    pl.when((course.count > 1) | (_lead(config, r, 1) < 0))(walk)
     plgpu.wait_smem_to_gmem(0)
 
 
 def _lead(config, r, n):
-    """Of what is behind part n - 1, as `chain` takes them; there is no map of a part of the first run."""
+    """Of the state behind n parts, as `chain` takes them; there is no map of a part of the first run."""
     if config.skipping:
         return r.leads[r.b, n]
     if config.runs:
-        return jnp.where((n > 1) & (n <= config.runs[1]), -2, -1)
+        return jnp.where(n <= config.runs[1], -2, -1)
     return jnp.int32(-1)
 
 
 def _advanced(config, r, i, behind, state):
-    """The state behind part i + 1. behind: its lead; below -1 nothing of the state gets through the part."""
+    """What the part in the i-th place makes of the state. behind: its lead; below -1 no state gets through."""
     staged = None if r.state_stage is None else r.state_stage.at[0]
     plgpu.barrier_wait(config.ring.full(r, i))
     slot = config.ring.place(i)

@@ -152,7 +152,7 @@ def forward(key, query, value, vectors, documents, starts, *, scale, tied, save,
         **products.barriers(1),
         scores_full=plgpu.Barrier(num_arrivals=writers, num_barriers=products.slots) if ahead else None,
         forgotten=plgpu.Barrier(num_arrivals=writers) if ahead and mixing else None,
-        scale_s=plgpu.SMEM((writers, CHUNK), F32),
+        scale_s=None if ahead else plgpu.SMEM((writers, CHUNK), F32),
         state_stage=stage(dtype, writers),
     )
     own = dict(  # a place for each helper

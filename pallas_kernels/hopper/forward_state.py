@@ -1,7 +1,6 @@
 """The state warpgroups of `pallas_kernels.hopper.forward`: 64 columns of the state each, one chunk after the other."""
 
 from functools import partial
-from typing import Any
 
 import jax.experimental.pallas as pl
 import jax.experimental.pallas.mosaic_gpu as plgpu
@@ -22,10 +21,10 @@ from pallas_kernels.hopper.mosaic import (
     part_of,
     per_column,
     per_row,
-    product,
     set_registers,
 )
 from pallas_kernels.hopper.warps import emptied_if, put_transposed, scaled_if
+from pallas_kernels.hopper.wgmma import times_transposed
 
 
 def state(config, r, w):
@@ -33,12 +32,13 @@ def state(config, r, w):
     set_registers(config.state_registers, config.warpgroups)
     columns = pl.ds((r.rank * config.writers + w) * 64, 64)
     _, count = chunks_of(config, r)
+    if r.scale_s is not None:
+        r.scale_s.at[w][...] = plgpu.layout_cast(jnp.full((CHUNK,), config.scale, F32), ROWS)
+        plgpu.commit_smem()
     start = plgpu.layout_cast(jnp.zeros((64, config.key_dim), F32), TILE)
     if config.given:
         load = lambda _: plgpu.load(r.starts.at[r.b, r.h, r.piece, columns], layout=TILE, optimized=False)
         start = only_if(r.lead < 0, load, start) if config.mixing else load(start)
-    r.scale_s.at[w][...] = plgpu.layout_cast(jnp.full((CHUNK,), config.scale, F32), ROWS)
-    plgpu.commit_smem()
     step = partial(_step_ahead if config.ahead else _step, config, r, w, columns)
     end = lax.fori_loop(0, count, step, start)
 
@@ -95,69 +95,53 @@ def _step_ahead(config, r, w, columns, n, state):
     """The same, where helpers are ahead and make the inverse only."""
     keys, queries, products = config.keys, config.queries, config.products
     staged = part_of(r.state_stage, w)
-    k_s, q_s = r.k_s.at[keys.place(n)], r.q_s.at[queries.place(n)]
-    made, v_s = products.place(n), r.v_s.at[config.values.place(n), w]
+    made, k_s, v_s = products.place(n), r.k_s.at[keys.place(n)], r.v_s.at[config.values.place(n), w]
     erase = lambda: per_column(plgpu.load(r.erase_s.at[made], layout=COLS), SQUARE)
     plgpu.barrier_wait(keys.full(r, n))
     begins = crossed(r, keys.place(n)) if config.mixing else None  # a document, in the chunk
-    state, recalled = _recall(config, r, w, state, k_s)
     plgpu.barrier_wait(queries.full(r, n))
+    state, recalled, out = _recall_both(config, r, w, n, state)
     plgpu.barrier_wait(config.values.full(r, n))
     plgpu.barrier_wait(products.full(r, n))
+    _make_scores(config, r, w, n, begins)
     forgotten = (recalled * (-1.0 if config.tied else erase() * -1.0)).astype(config.dtype)
     if config.mixing:
         forgotten = scaled_if(begins, forgotten, r.seen_s.at[made])
-    update = _solve(config, r, w, n, begins, forgotten)
+        out = scaled_if(begins, out, r.seen_s.at[made])
+        state = emptied_if(begins, state)
+    update = times_transposed([v_s, forgotten], r.solve_s.at[made])  # T V - T (K S)
+    plgpu.wgmma_wait(0)
+    state, out, update = lax.optimization_barrier((state, out, update))
     # for the next values, where those of the chunk before were and then its output
     plgpu.wait_smem_to_gmem(0, wait_read_only=True)
     _, count = chunks_of(config, r)
     send_for_values(config, r, n + 1, w, n + 1 < count)
     low = (update * erase() if config.tied else update).astype(config.dtype)
-    state, low = lax.optimization_barrier((state, low))
-    state, out = _recall(config, r, w, state, q_s, r.scale_s[w, 0])
-    if config.mixing:
-        out = scaled_if(begins, out, r.seen_s.at[made])
-        state = emptied_if(begins, state)
+    state, out, low = lax.optimization_barrier((state, out, low))
     plgpu.barrier_wait(r.scores_full.at[made])
     if begins is not None:
         pl.when(begins)(lambda: _forget_keys(config, r, w, n))
-    operands = (low, r.scores_s.at[made].T), (low, k_s)
-    write = partial(_write, config, r, n, columns, v_s)
-    if staged is not None:  # the interpreter knows no accumulators with a first value
-        write(matmul(*operands[0], SQUARE, init=out, staged=staged))
-        state = matmul(*operands[1], state.shape, init=state, staged=staged)
-    else:
+    out = times_transposed([low], r.scores_s.at[made], out)
 
-        def advance(accs):
-            for acc, (left, right) in zip(accs, operands, strict=True):
-                product(acc, left, right)
-            write(lax.optimization_barrier(plgpu.wgmma_accumulator_load(accs[0], wait_n=1)))  # while the state advances
+    def write():  # while the state advances
+        plgpu.wgmma_wait(1)
+        _write(config, r, n, columns, v_s, lax.optimization_barrier(out))
 
-        _, state = lax.optimization_barrier(pl.run_state(advance)((plgpu.ACC.init(out), plgpu.ACC.init(state))))
+    state = matmul(low, k_s, state.shape, init=state, staged=staged, meanwhile=write)
     plgpu.barrier_arrive(keys.free(r, n))
     return state
 
 
-def _solve(config, r, w, n, begins, forgotten):
-    """Uᵀ or Eᵀ, T V - T (K S); meanwhile this warpgroup's half of the rows of P, which both read later."""
+def _make_scores(config, r, w, n, begins):
+    """This warpgroup's half of the rows of P, which both read later."""
     rows, made = pl.ds(32 * w, 32), config.products.place(n)
     k_s, q_s = r.k_s.at[config.keys.place(n)], r.q_s.at[config.queries.place(n), rows]
-    v_s, solve_t, staged = r.v_s.at[config.values.place(n), w], r.solve_s.at[made].T, part_of(r.state_stage, w)
-
-    def multiply(scores, update):
-        product(scores, k_s, q_s.T)
-        product(update, v_s.T, solve_t)
-        product(update, forgotten, solve_t, staged)
-        share = lax.optimization_barrier(plgpu.wgmma_accumulator_load(scores, wait_n=2))
-        share = (share * config.scale if config.scale != 1 else share).astype(config.dtype)
-        mask = jnp.where(begins, 1 + made, 0) if config.mixing else 0
-        # transposed, as it is stored; a product with ones and zeros, two numbers at once, is cheaper than a choice
-        r.scores_s.at[made, rows].T[...] = share * plgpu.load(r.causal_s.at[r.first + mask, w], layout=TILE)
-        plgpu.commit_smem()
-        plgpu.barrier_arrive(r.scores_full.at[made])
-        return plgpu.wgmma_accumulator_load(update, wait_n=0)
-
-    return lax.optimization_barrier(pl.run_scoped(multiply, plgpu.ACC((CHUNK, 32), F32), plgpu.ACC(SQUARE, F32)))
+    share = _scaled(config, matmul(k_s, q_s.T, (CHUNK, 32))).astype(config.dtype)
+    mask = jnp.where(begins, 1 + made, 0) if config.mixing else 0
+    # transposed, as it is stored; a product with ones and zeros, two numbers at once, is cheaper than a choice
+    r.scores_s.at[made, rows].T[...] = share * plgpu.load(r.causal_s.at[r.first + mask, w], layout=TILE)
+    plgpu.commit_smem()
+    plgpu.barrier_arrive(r.scores_full.at[made])
 
 
 def _forget_keys(config, r, w, n):
@@ -234,6 +218,10 @@ def _update(config, r, w, n, columns, begins, recalled):
     return low, (update * right).astype(config.dtype)
 
 
+def _scaled(config, tile):
+    return tile if config.scale == 1 else tile * config.scale
+
+
 def _recall(config, r, w, state, tokens, scale=None):
     """The state as given, and (scale) Sᵀ tokensᵀ; the state from the stage, where it is there, unscaled.
 
@@ -252,3 +240,18 @@ def _recall(config, r, w, state, tokens, scale=None):
         out = matmul(low, pieces[part], SQUARE, init=out, staged=staged)
         state, out = lax.optimization_barrier((state, out))
     return state, out
+
+
+def _recall_both(config, r, w, n, state):
+    """The state as given, Sᵀ Kᵀ and scale Sᵀ Qᵀ. The state is rounded once for both, half by half: all of it would take
+    registers."""
+    k_s, q_s = r.k_s.at[config.keys.place(n)], r.q_s.at[config.queries.place(n)]
+    recalled = out = None
+    for part in range(config.key_dim // 64):
+        columns = pl.ds(part * 64, 64)
+        low = state[:, part * 64 : (part + 1) * 64].astype(config.dtype)
+        recalled = times_transposed([low], k_s.at[:, columns], recalled)
+        out = times_transposed([low], q_s.at[:, columns], out)
+        plgpu.wgmma_wait(0)
+        state, recalled, out = lax.optimization_barrier((state, recalled, out))
+    return state, recalled, _scaled(config, out)

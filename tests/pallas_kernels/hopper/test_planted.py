@@ -84,23 +84,25 @@ def found(races, run=results, **options):
 
 
 # Where helpers are ahead: they write before there is a place, values come while the output is still there, an output is
-# written where values are.
+# written where values are, the masks of a chunk in which a document begins are read before they are there.
 AHEAD = {
     "helpers": ("forward_helper", r"(    pl\.when\(at >= config\.helpers\)\(lambda: plgpu.*\n)((?:.*\n){4})", r"\2\1"),
     "values": ("forward_state", r"    plgpu\.wait_smem_to_gmem\(0, wait_read_only=True\)\n( +_, count)", r"\1"),
-    "output": ("forward_state", r"columns, v_s\)", "columns, r.v_s.at[config.values.place(n + 1), w])"),
+    "output": ("forward_state", r"columns, v_s, ", "columns, r.v_s.at[config.values.place(n + 1), w], "),
+    "masks": ("forward_state", r"((?: +plgpu\.barrier_wait.*\n){2})( +_make_scores.*\n)", r"\2\1"),
     "scores": ("forward_state", r" +plgpu\.barrier_wait\(r\.scores_full.*\n", ""),
 }
 
 
-@pytest.mark.parametrize(("name", "old", "new"), AHEAD.values(), ids=AHEAD)
-def test_late_wait_ahead(races, plant, monkeypatch, name, old, new):
+@pytest.mark.parametrize("planted", AHEAD)
+def test_late_wait_ahead(races, plant, monkeypatch, planted):
     in_whole_rows(monkeypatch)
-    plant(name, old, new)
+    plant(*AHEAD[planted])
 
     def run():
         inputs, _ = rounded(batch=1, length=500, heads=1, value_dim=128)
-        jax.block_until_ready(efla_attention(**inputs, implementation="pallas_gpu"))
+        ids = documents((30, 150, 200, 290, 350, 410), 1, 500) if planted == "masks" else None
+        jax.block_until_ready(efla_attention(**inputs, segment_ids=ids, implementation="pallas_gpu"))
 
     assert found(races, run)
 
