@@ -105,6 +105,10 @@ def implementation(name: str, bench: Bench, direction: str) -> Candidate:
     own, rule = split_name(name)
     run = partial(attention(rule), implementation=own)
     draws = bench.inputs(rule)
+    if bench.case.known:  # ids are the same in all draws
+        run = partial(run, segment_ids=np.asarray(draws[0].inputs["segment_ids"]))
+        free = lambda inputs: {name: x for name, x in inputs.items() if name != "segment_ids"}
+        draws = [Draw(free(draw.inputs), draw.cotangents) for draw in draws]
     if direction == FORWARD:
         program = compile_jax(partial(forward, run), [(draw.inputs,) for draw in draws])
     else:

@@ -27,8 +27,8 @@ _PIECE = 64  # tokens whose states the reference's gradient holds at once
 
 @dataclass(frozen=True)
 class Case:
-    """Sizes of a call. `documents` of about equal length are packed in every row; `state` gives an initial state and
-    a cotangent of the final one."""
+    """Sizes of a call. `documents` of about equal length are packed in every row, where they begin `known` when tracing
+    or only by the call's ids; `state` gives an initial state and a cotangent of the final one."""
 
     batch: int
     length: int
@@ -37,6 +37,7 @@ class Case:
     value_dim: int
     key_heads: int = 0  # 0: as many as heads
     documents: int = 1
+    known: bool = False
     log_decay: bool = False
     state: bool = False
     dtype: str = "bfloat16"
@@ -50,6 +51,8 @@ class Case:
             raise EvaluationError(f"key_heads is {self.key_heads}; it must divide heads={self.heads}")
         if self.documents > self.length:
             raise EvaluationError(f"{self.documents} documents do not fit into length={self.length}")
+        if self.known and self.documents == 1:
+            raise EvaluationError("known is True; documents must be more than 1 then")
         if self.dtype not in DTYPES:
             raise EvaluationError(f"dtype is {self.dtype!r}; it must be one of {', '.join(DTYPES)}")
 
@@ -68,6 +71,7 @@ class Case:
         text = "×".join(map(str, (self.batch, self.length, self.heads, *dims)))
         text += f", {self.groups} key heads" if self.groups < self.heads else ""
         text += f", {self.documents} documents" if self.documents > 1 else ""
+        text += " known when tracing" if self.known else ""
         return text + (", log-decay" if self.log_decay else "")
 
 

@@ -6,6 +6,7 @@ from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int
 
@@ -88,7 +89,7 @@ def delta_rule_attention(
     *,
     log_decay: Float[Array, "B T H"] | None = None,
     initial_state: Float[Array, "B H K V"] | None = None,
-    segment_ids: Int[Array, "B T"] | None = None,
+    segment_ids: Int[Array | np.ndarray, "B T"] | None = None,
     scale: float = 1.0,
     implementation: ImplementationName | Sequence[ImplementationName] | None = None,
     chunk_size: int | None = None,
@@ -165,7 +166,7 @@ def efla_attention(
     *,
     log_decay: Float[Array, "B T H"] | None = None,
     initial_state: Float[Array, "B H K V"] | None = None,
-    segment_ids: Int[Array, "B T"] | None = None,
+    segment_ids: Int[Array | np.ndarray, "B T"] | None = None,
     scale: float = 1.0,
     integrator: Integrator = "exact",
     implementation: ImplementationName | Sequence[ImplementationName] | None = None,
@@ -186,7 +187,7 @@ def efla_attention(
         log_decay: [B, T, H] ≤ 0 and finite, g above, or None for no decay.
         initial_state: [B, H, K, V], the state before token 0, or None for zeros.
         segment_ids: [B, T] integers. A change of id resets the state exactly; the initial state belongs to the
-            document of token 0.
+            document of token 0. Those of a NumPy array are known when tracing: kernels need not find out.
         scale: factor on the output.
         integrator: how the ODE is stepped, see `efla_jax.ops.coefficients.erase_and_write`.
         implementation: None for the first that serves the call, a name that serves it or raises, or names to try.

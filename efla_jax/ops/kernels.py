@@ -5,19 +5,22 @@ A kernel package offers, on the arrays of the op,
         -> (output, state, residuals)
     backward(query, key, value, erase, write, log_decay, initial_state, begins, residuals, d_output, d_state, *,
              scale) -> gradients of the first seven, None where the input is None
-and either of them also chunk_size and precision if `implementation` is told so;
+and either of them also chunk_size and precision, forward also begun, if `implementation` is told so;
 where write None means erase and initial_state None zeros. begins [B, T] bool says of what tokens a document begins
-with, of token 0 never; None never.
+with, of token 0 never; None never. begun is the same where segment_ids are a NumPy array, hence known when tracing;
+under vmap it has fewer rows, of which each stands for as many in a row.
 
 Names for policies of `jax.checkpoint`: "efla_output" (output and state) and "efla_residuals". With both saved a
 backward pass does not run the forward kernel again; without, it does, and nothing but the inputs is kept.
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 from jax.extend.core import Primitive
 from jax.interpreters import mlir
@@ -43,6 +46,22 @@ def folded_vmap(fn: Callable) -> Callable:
     return folded
 
 
+@dataclass(frozen=True)
+class Known:
+    """An array of bool that is known when tracing, as an option that can be hashed."""
+
+    shape: tuple[int, ...]
+    bits: bytes
+
+    @classmethod
+    def of(cls, array: np.ndarray) -> "Known":
+        return cls(array.shape, np.packbits(array).tobytes())
+
+    def __array__(self, dtype=None, copy=None) -> np.ndarray:
+        bits = np.unpackbits(np.frombuffer(self.bits, np.uint8), count=int(np.prod(self.shape)))
+        return bits.reshape(self.shape).astype(dtype or bool)
+
+
 def _on_arrays(fn: Callable, tree) -> tuple[Callable, list]:
     """fn(*tree) as a function of the arrays in tree, and these arrays."""
     arrays, structure = jax.tree.flatten(tree)
@@ -63,7 +82,14 @@ def _caller(platform: str, here: Callable[[], bool], reason: str) -> Callable:
 
 
 def implementation(
-    forward: Callable, backward: Callable, platform: str, here: Callable[[], bool], reason: str, choices: bool = False
+    forward: Callable,
+    backward: Callable,
+    platform: str,
+    here: Callable[[], bool],
+    reason: str,
+    *,
+    choices: bool = False,
+    known: bool = False,
 ):
     """The `run` of a kernel package for the registry.
 
@@ -72,16 +98,18 @@ def implementation(
         here: whether what is traced now can run them; else it can only be exported for `platform`, and lowering it
             for another raises NotImplementedError with `reason`.
         choices: whether the kernels take chunk_size and precision; else what is not their own is declined before.
+        known: whether forward, where nothing is saved, takes begun.
     """
 
     call = _caller(platform, here, reason)
+    always = lambda options: {name: option for name, option in options if name != "begun"}
 
     @partial(jax.custom_vjp, nondiff_argnums=(0,))
     def attend(options, inputs, begins):
         return call(partial(forward, save=False, **dict(options)), *inputs, begins)[:2]
 
     def attend_forward(options, inputs, begins):
-        *out, residuals = call(partial(forward, save=True, **dict(options)), *inputs, begins)
+        *out, residuals = call(partial(forward, save=True, **always(options)), *inputs, begins)
         # Named here: a policy of jax.checkpoint sees no name inside `call`, which is one custom_vmap to it.
         out = tuple(checkpoint_name(x, "efla_output") for x in out)
         residuals = tuple(checkpoint_name(x, "efla_residuals") for x in residuals)
@@ -89,7 +117,7 @@ def implementation(
 
     def attend_backward(options, saved, cotangents):
         inputs, begins, residuals = saved
-        gradients = call(partial(backward, **dict(options)), *inputs, begins, residuals, *cotangents)
+        gradients = call(partial(backward, **always(options)), *inputs, begins, residuals, *cotangents)
         typed = lambda gradient, x: None if x is None else gradient.astype(x.dtype)
         return tuple(map(typed, gradients, inputs)), None
 
@@ -115,6 +143,8 @@ def implementation(
         numbers = _accumulated(query, key, value, erase, write, log_decay, initial_state)
         inputs = (query, key, value, *numbers)
         begins = None if segment_ids is None else segment_starts(segment_ids)
+        if known and isinstance(begins, np.ndarray):
+            options |= dict(begun=Known.of(begins))
         return attend((*dict(scale=scale, **options).items(),), inputs, begins)
 
     return run

@@ -102,7 +102,9 @@ def _tpu_unsupported(call: Call) -> str | None:
 
 REGISTRY: dict[str, Implementation] = {
     "pallas_gpu": Implementation(
-        implementation(hopper.forward, hopper.backward, "cuda", lambda: _hopper_absent() is None, _NO_HOPPER),
+        implementation(
+            hopper.forward, hopper.backward, "cuda", lambda: _hopper_absent() is None, _NO_HOPPER, known=True
+        ),
         _hopper_unsupported,
         _hopper_absent,
         "gpu",

@@ -2,15 +2,18 @@
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from efla_jax.ops.coefficients import accumulator_dtype
 from efla_jax.ops.sharding import share_manual_axes
 
 
 def segment_starts(segment_ids):
-    """[B, T] ids -> [B, T] bool: True where a new document begins. Token 0 continues the initial state."""
+    """[B, T] ids -> [B, T] bool: True where a new document begins. Token 0 continues the initial state. NumPy's of
+    NumPy's."""
     changed = segment_ids[:, 1:] != segment_ids[:, :-1]
-    return jnp.pad(changed, ((0, 0), (1, 0)))[:, : segment_ids.shape[1]]  # of no token, none
+    pad = np.pad if isinstance(segment_ids, np.ndarray) else jnp.pad
+    return pad(changed, ((0, 0), (1, 0)))[:, : segment_ids.shape[1]]  # of no token, none
 
 
 def whole_inputs(query, key, value, erase, write, initial_state):

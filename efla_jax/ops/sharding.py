@@ -81,7 +81,7 @@ def share_manual_axes(*arrays):
     varying = [frozenset() if x is None else jax.typeof(x).manual_axis_type.varying for x in arrays]
     every = frozenset().union(*varying)
     return tuple(
-        x if x is None else jax.lax.pcast(x, tuple(sorted(every - own)), to="varying")
+        x if every == own or x is None else jax.lax.pcast(x, tuple(sorted(every - own)), to="varying")
         for x, own in zip(arrays, varying, strict=True)
     )
 

@@ -5,7 +5,8 @@ python -m experiments.kernels.benchmark [--implementations=pallas_gpu,xla,jla,â€
     [--processes=1]
 
 An implementation is one of this library (`xla`), one with another rule (`xla:euler`, `xla:delta_rule`: erase and write
-given), or a peer; shapes are BxTxHxD or BxTxHxKxV, with `pN` behind for N packed documents. A forward gives output and
+given), or a peer; shapes are BxTxHxD or BxTxHxKxV, with `pN` behind for N packed documents, `kN` where this library
+knows when tracing where they begin (a peer that takes lengths is told them in both). A forward gives output and
 state, `both` the output and the gradients of query, key, value, beta for a given cotangent of the output.
 
 Time of a call: the host's clock around many queued calls, on sets of inputs larger than the caches. Kernel time: the
@@ -50,9 +51,9 @@ _IMPLEMENTATIONS = flags.DEFINE_list(
 )
 _SHAPES = flags.DEFINE_list(
     "shapes",
-    ["8x2048x16x128", "4x4096x16x128", "2x8192x16x128", "1x16384x16x128", "1x16384x16x128p16", "1x65536x16x128",
-     "16x2048x16x64", "1x8192x8x128"],
-    "BxTxHxD or BxTxHxKxV, pN behind for N packed documents",
+    ["8x2048x16x128", "4x4096x16x128", "2x8192x16x128", "1x16384x16x128", "1x16384x16x128p16", "1x16384x16x128k16",
+     "1x65536x16x128", "16x2048x16x64", "1x8192x8x128"],
+    "BxTxHxD or BxTxHxKxV, pN behind for N packed documents, kN for known ones",
 )  # fmt: skip
 _DIRECTIONS = flags.DEFINE_list("directions", ["forward", "both"], "forward, both (forward + backward)")
 _REPEATS = flags.DEFINE_integer("repeats", 15, "timed repeats of each", lower_bound=1)
@@ -68,12 +69,13 @@ _PACKAGES = ("jaxlib", "jax-cuda13-plugin", "jax-triton", "triton", "torch", "ti
 
 
 def _case(text: str) -> Case:
-    match = re.fullmatch(r"(\d+)x(\d+)x(\d+)x([1-9]\d*)(?:x([1-9]\d*))?(?:p([1-9]\d*))?", text)
+    match = re.fullmatch(r"(\d+)x(\d+)x(\d+)x([1-9]\d*)(?:x([1-9]\d*))?(?:([pk])([1-9]\d*))?", text)
     if match is None:
-        raise app.UsageError(f"shape is {text!r}; it must be BxTxHxD or BxTxHxKxV, pN behind for N documents")
-    batch, length, heads, key_dim, value_dim, documents = (int(size or 0) for size in match.groups())
+        raise app.UsageError(f"shape is {text!r}; it must be BxTxHxD or BxTxHxKxV, pN or kN behind for N documents")
+    *numbers, kind, documents = match.groups()
+    batch, length, heads, key_dim, value_dim = (int(size or 0) for size in numbers)
     sizes = (batch, length, heads, key_dim, value_dim or key_dim)
-    return Case(*sizes, documents=documents or 1, dtype=_DTYPE.value)
+    return Case(*sizes, documents=int(documents or 1), known=kind == "k", dtype=_DTYPE.value)
 
 
 def _plan() -> tuple[list[str], list[Case], list[str]]:

@@ -1,6 +1,7 @@
 """The state warpgroups of `pallas_kernels.hopper.forward`: 64 columns of the state each, one chunk after the other."""
 
 from functools import partial
+from typing import Any
 
 import jax.experimental.pallas as pl
 import jax.experimental.pallas.mosaic_gpu as plgpu
@@ -246,7 +247,8 @@ def _recall_both(config, r, w, n, state):
     """The state as given, Sᵀ Kᵀ and scale Sᵀ Qᵀ. The state is rounded once for both, half by half: all of it would take
     registers."""
     k_s, q_s = r.k_s.at[config.keys.place(n)], r.q_s.at[config.queries.place(n)]
-    recalled = out = None
+    recalled: Any = None
+    out: Any = None
     for part in range(config.key_dim // 64):
         columns = pl.ds(part * 64, 64)
         low = state[:, part * 64 : (part + 1) * 64].astype(config.dtype)

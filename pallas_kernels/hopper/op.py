@@ -5,7 +5,9 @@ head against 1024 of q, k, v and o at K = V = 128), sums log-decays within chunk
 multiple of 8, and, where write differs from erase, multiplies the values by write.
 """
 
+import jax
 import jax.numpy as jnp
+import numpy as np
 
 from pallas_kernels.hopper import decode, few_heads, pieces
 from pallas_kernels.hopper.backward import backward as backward_kernel
@@ -34,7 +36,22 @@ def unsupported(dtypes, key_dim, value_dim, chunk_size):
     return None
 
 
-def forward(query, key, value, erase, write, log_decay, initial_state, begins, *, scale, save, exact=False, plan=None):
+def forward(
+    query,
+    key,
+    value,
+    erase,
+    write,
+    log_decay,
+    initial_state,
+    begins,
+    *,
+    scale,
+    save,
+    exact=False,
+    plan=None,
+    begun=None,
+):
     """Output, final state and the residuals of `backward`.
 
     Args:
@@ -47,6 +64,8 @@ def forward(query, key, value, erase, write, log_decay, initial_state, begins, *
         exact: erase and write are (1 - e^{-βλ})/λ with λ = ‖k‖², made in the kernel; in XLA that reads the keys once
             more, and its gradient reads them and writes theirs again. No log_decay then: write would be another number.
         plan: which kernels, and pieces of which size; None leaves that to `pieces.plan`.
+        begun: begins where it is known when tracing, as an array of [B or a part of B, T]: each row stands for as many
+            of begins. Then no kernel has to find out that no document is long.
 
     A few tokens after a given state go one by one, with the state in registers (speculative decoding), unless they are
     to be differentiated.
@@ -66,7 +85,8 @@ def forward(query, key, value, erase, write, log_decay, initial_state, begins, *
     initial = _transposed(initial_state, key.shape[-1], value.shape[-1])
     options = dict(scale=scale, tied=tied, save=save)
     if documents is not None and log_decay is None and not save:
-        out = _by_documents(query, key, value, vectors, documents, initial, options, exact)
+        known = None if begun is None else _repeated(begun, begins.shape[0])
+        out = _by_documents(query, key, value, vectors, documents, initial, options, exact, known)
     else:
         out = _by_plan(query, key, value, vectors, documents, initial, plan, options, exact)
     residuals = ()
@@ -130,9 +150,12 @@ def _of_chunks(vectors, made, folded):
     return numbers if folded else numbers | dict(erase=made.get("erase", _by_head(vectors["gain"])))
 
 
-def _by_documents(query, key, value, vectors, documents, initial, options, exact):
+def _by_documents(query, key, value, vectors, documents, initial, options, exact, begun=None):
     """The forward pass of rows of documents without decay, in as many pieces as fill the card. A piece is walked from
-    where the document begins that it cuts; only what lies before pieces with longer documents is summed up."""
+    where the document begins that it cuts; only what lies before pieces with longer documents is summed up.
+
+    begun: [B, T] bool where it is known.
+    """
     batch, length, heads, _ = value.shape
     chunks, gain = -(-length // CHUNK), dict(gain=vectors["gain"])
     share = -(-chunks // pieces.fill(batch * heads, length))
@@ -141,7 +164,17 @@ def _by_documents(query, key, value, vectors, documents, initial, options, exact
         leads = jnp.full((batch, 1), -1, jnp.int32)
         return forward_kernel(key, query, value, gain, documents, _of_one_piece(initial), leads=leads, **options)
     parts = pieces.parts(share, chunks)
-    leads = _leads(documents, share, chunks, initial is not None)
+    if begun is None:
+        leads = _leads(documents, share, chunks, initial is not None)
+    else:
+        with jax.ensure_compile_time_eval():
+            documents = _counted(jnp.asarray(begun))
+            leads = _leads(documents, share, chunks, initial is not None)
+        if not np.any(np.asarray(leads)[:, 1:] < 0):  # each piece but the first begins with a document, or soon after
+            starts = _of_one_piece(initial)
+            if starts is not None:  # nobody reads those of later pieces
+                starts = jnp.pad(starts, ((0, 0), (0, 0), (0, leads.shape[1] - 1), (0, 0), (0, 0)))
+            return forward_kernel(key, query, value, gain, documents, starts, share=share, leads=leads, **options)
     kind = dict(tied=options["tied"], leads=leads)
     made = prepare(key, vectors, documents, value.dtype, chunks=parts.bounds[-1], save=False, exact=exact, **kind)
     rest = {name: x.reshape(batch, 1, -1).astype(jnp.float32) for name, x in _first_and_last(documents).items()}
@@ -323,8 +356,7 @@ def _vectors(gain, log_decay, begins):
     first = last = jnp.ones((), bool)
     documents = None
     if begins is not None:
-        begun = _chunked(begins)  # padding belongs to the last document
-        documents = jnp.sum(jnp.where(_reach(None)[:, 0], begun[..., None, :], False), -1, dtype=jnp.int32)
+        documents = _counted(begins).reshape(begins.shape[0], -1, CHUNK)
         first, last = (x[:, None] for x in _first_and_last(documents).values())
         ones = jnp.ones_like(by_head(gain))
         vectors |= dict(left=jnp.where(first, ones, 0), right=jnp.where(last, ones, 0))
@@ -338,6 +370,20 @@ def _vectors(gain, log_decay, begins):
     flat = lambda x: x.reshape(*x.shape[:-2], -1)
     vectors = dict(gain=gain) | {name: flat(x) for name, x in vectors.items()}
     return vectors, None if documents is None else flat(documents)
+
+
+def _counted(begins):
+    """[B, T] bool, whether a document begins -> [B, N·64] int32, how many of its chunk have up to the token. Padding
+    belongs to the last document."""
+    begun = _chunked(begins)
+    counts = jnp.sum(jnp.where(_reach(None)[:, 0], begun[..., None, :], False), -1, dtype=jnp.int32)
+    return counts.reshape(counts.shape[0], -1)
+
+
+def _repeated(begun, rows):
+    """[B', T] -> [rows, T], each row as often as the others."""
+    begun = np.asarray(begun)
+    return np.repeat(begun, rows // begun.shape[0], 0)
 
 
 def _first_and_last(documents):

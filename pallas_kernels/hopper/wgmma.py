@@ -82,7 +82,7 @@ def _fenced(arrays):
 def _descriptor(ref, logical_k_major):
     """Of the transpose of ref [C, C], as a right or a left operand: (its address in 16 bytes, all else of it), and how
     many bytes the next step's part of it lies behind."""
-    ((_, rest), (_, strides)), _, _ = mma_utils.create_descriptor(
+    made: Any = mma_utils.create_descriptor(
         mgpu.memref_transpose(ref, (1, 0, 3, 2)),
         swizzle=SWIZZLE,
         large_tile=SQUARE,
@@ -90,6 +90,7 @@ def _descriptor(ref, logical_k_major):
         logical_k_major=logical_k_major,
         split_const=True,
     )
+    ((_, rest), (_, strides)), _, _ = made
     address = llvm.lshr(llvm.ptrtoint(i32(), mgpu.utils.memref_ptr(ref)), integer(4))
     return (address, rest), strides[0]
 

@@ -1,10 +1,14 @@
 """Rows of documents, without decay and with nothing kept: the fused kernel, in pieces where heads are few."""
 
 import sys
+from functools import partial
 
+import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
+from efla_jax import efla_attention
 from pallas_kernels.hopper import op, pieces
 from tests.pallas_kernels.hopper.helpers import assert_accurate_alone, counted, documents, rounded
 
@@ -90,3 +94,55 @@ def test_leads(monkeypatch, starts, lead, want):
     numbers = counted(starts, 448)
     assert op._leads(numbers, 2, 7, True).tolist() == [want]
     assert op._leads(numbers, 2, 7, False).tolist() == [[0, *want[1:]]]
+
+
+MANY = (60, 130, 200, 256, 390)
+KNOWN = {"short": (MANY, (100, 130, 256, 387), False), "long": (MANY, (300,), True)}
+
+
+@pytest.mark.usefixtures("interpreted")
+@pytest.mark.parametrize("given", [True, False])
+@pytest.mark.parametrize(("first", "second", "summed"), KNOWN.values(), ids=KNOWN)
+def test_known_when_tracing(monkeypatch, first, second, summed, given):
+    """NumPy's ids that a program closes over: the same numbers, and nothing is summed up where nothing must be."""
+    monkeypatch.setattr(pieces, "SHORTEST", 1)
+    monkeypatch.setattr(pieces, "PROCESSORS", 8)
+    inputs, _ = rounded(batch=2, length=488)
+    if not given:
+        inputs.pop("initial_state")
+    ids = np.concatenate([documents(starts, 1, 488) for starts in (first, second)])
+    attend = partial(efla_attention, implementation="pallas_gpu", scale=0.5)
+    known = partial(attend, segment_ids=ids)
+    for one, other in zip(jax.jit(known)(**inputs), jax.jit(attend)(**inputs, segment_ids=ids), strict=True):
+        np.testing.assert_array_equal(one, other)
+    assert ("efla_summaries" in str(jax.make_jaxpr(known)(**inputs))) == summed
+
+
+@pytest.mark.usefixtures("interpreted")
+def test_known_of_many_rows(monkeypatch):
+    """Under vmap rows are folded into the batch: each of the ids stands for several."""
+    monkeypatch.setattr(pieces, "SHORTEST", 1)
+    monkeypatch.setattr(pieces, "PROCESSORS", 16)
+    ids = np.concatenate([documents((60, 130, 256), 1, 266), documents((64, 200), 1, 266)])
+    known = partial(efla_attention, segment_ids=ids, implementation="pallas_gpu")
+    draws = [rounded(seed, batch=2, length=266)[0] for seed in (0, 1)]
+    stacked = {name: np.stack([draw[name] for draw in draws]) for name in draws[0]}
+    together = jax.jit(jax.vmap(lambda inputs: known(**inputs)))(stacked)
+    assert "efla_summaries" not in str(jax.make_jaxpr(jax.vmap(lambda inputs: known(**inputs)))(stacked))
+    for n, draw in enumerate(draws):
+        for one, other in zip(together, jax.jit(known)(**draw), strict=True):
+            np.testing.assert_array_equal(one[n], other)
+
+
+@pytest.mark.usefixtures("interpreted")
+def test_known_and_differentiated():
+    inputs, cotangent = rounded(batch=1, length=130)
+    ids = documents((30, 100), 1, 130)
+
+    def pulled(attend):
+        return jax.jit(lambda inputs: jax.vjp(attend, inputs)[1](cotangent))(inputs)
+
+    attend = partial(efla_attention, implementation="pallas_gpu")
+    both = [pulled(partial(lambda ids, inputs: attend(**inputs, segment_ids=ids), x)) for x in (ids, jnp.asarray(ids))]
+    for one, other in zip(*map(jax.tree.leaves, both), strict=True):
+        np.testing.assert_array_equal(one, other)
