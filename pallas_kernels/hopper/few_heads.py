@@ -103,8 +103,8 @@ def forward(key, query, value, vectors, starts, *, scale, exact=False, share):
         value_groups=2, writers=1, helpers=HELPERS, warpgroups=HELPERS + 3, streams=streams,
         helper_registers=REGISTERS["helper"], dtype=dtype, scale=scale, exact=exact, tied=True, folded=True, save=False,
         read=True, fed=True, shared=shared, given=starts is not None, decayed=False, summed=False, masked=False,
-        mixing=False, skipping=False, ahead=False, keys=keys, queries=queries, values=values, products=products,
-        solves=products, states=states, updates=updates, own=tuple(own),
+        mixing=False, skipping=False, ahead=False, halving=False, keys=keys, queries=queries, values=values,
+        products=products, solves=products, states=states, updates=updates, own=tuple(own),
     )  # fmt: skip
     counts = dict(state=1, output=1, helper=HELPERS, loader=1)
     check_registers(*((count, REGISTERS[name]) for name, count in counts.items()))

@@ -12,10 +12,10 @@ a = decay from the chunk's start, e = decay to its end, d = decay of the whole c
 Where heads are few, the state warpgroups of a head are in blocks of their own; what such blocks can share is used by
 `pallas_kernels.hopper.few_heads`, which serves the plainest of these calls.
 
-With two state warpgroups, nothing saved and no decay, helpers are ahead: they make the inverse of a chunk and keep it
-in registers until the chunk whose place it takes is done with. Had they to have the place first, the state warpgroups
-would wait for all that is made after that. These make P, half of it each, send for values themselves, and write outputs
-where values were.
+Two state warpgroups make P themselves, half of it each, if there is no decay. If nothing is saved either, helpers are
+ahead: they make the inverse of a chunk and keep it in registers until the chunk whose place it takes is done with. Had
+they to have the place first, the state warpgroups would wait for all that is made after that. These send for values
+themselves, write outputs where values were, and multiply the state with keys and queries at a time.
 
 Of documents without decay, the helpers say of each chunk in which one begins which of its tokens see the state before
 it, and which are of the document that it ends with. Of such a chunk the state warpgroups multiply what the state
@@ -121,7 +121,8 @@ def forward(key, query, value, vectors, documents, starts, *, scale, tied, save,
     products = Ring.of("products", max(helpers, 2), helpers)
     crowded = key_dim == 128 and (writers == 1 or save)  # shared memory is
     causal = None if decayed or crowded else smem(SQUARE, dtype)  # 1 on and below the diagonal
-    if ahead:  # transposed, a part for each state warpgroup; then of each chunk in which a document begins
+    halving = writers == 2 and not decayed  # state warpgroups make half of P each
+    if halving:  # transposed, a part for each state warpgroup; then of each chunk in which a document begins
         causal = smem((1 + mixing * products.slots, writers, CHUNK, 32), dtype)
     vector = plgpu.SMEM((keys.slots, CHUNK), F32)
     scratch = dict(
@@ -150,7 +151,7 @@ def forward(key, query, value, vectors, documents, starts, *, scale, tied, save,
         **queries.barriers(1),
         **values.barriers(writers),
         **products.barriers(1),
-        scores_full=plgpu.Barrier(num_arrivals=writers, num_barriers=products.slots) if ahead else None,
+        scores_full=plgpu.Barrier(num_arrivals=writers, num_barriers=products.slots) if halving else None,
         forgotten=plgpu.Barrier(num_arrivals=writers) if ahead and mixing else None,
         scale_s=None if ahead else plgpu.SMEM((writers, CHUNK), F32),
         state_stage=stage(dtype, writers),
@@ -169,7 +170,7 @@ def forward(key, query, value, vectors, documents, starts, *, scale, tied, save,
         mixing=mixing, given=starts is not None, share=share, pieces=pieces, blocks=splits, exact=exact, keys=keys,
         queries=queries, values=values, products=products, own=tuple(own),
         state_registers=state_registers, helper_registers=helper_registers, folded=False, warpgroups=writers + helpers,
-        streams=helpers, fed=False, shared=False, ahead=ahead,
+        streams=helpers, fed=False, shared=False, ahead=ahead, halving=halving,
     )  # fmt: skip
     check_registers((writers, state_registers), (helpers, helper_registers))
     roles = (writers, in_piece(state)), (helpers, in_piece(helper))

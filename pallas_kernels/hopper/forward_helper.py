@@ -84,7 +84,7 @@ def send_for_values(config, r, n, w, wanted=None):
 def _begin(config, r):
     """What all read, and then the first copies, for which all wait."""
     write_numbers(r)
-    if config.ahead:
+    if config.halving:
         for w in range(config.writers):
             mask = jnp.where(iota(0, 32) <= iota(1, 32) + 32 * w, 1.0, 0.0)
             r.causal_s.at[r.first, w][...] = mask.astype(config.dtype)
@@ -176,7 +176,7 @@ def _in_turn(config, r, n, gain):
             pl.when(at >= config.helpers)(lambda: _recycle(config, r, at - config.helpers))
 
     write_inverse(config, r, config.keys.place(n()), gain, partial(_put, config, r, n), midway)
-    if r.scores_s is not None:
+    if not config.halving and r.scores_s is not None:  # else others make them
         _put(config, r, n, "scores_s", _scores(config, r, n()))
     if config.mixing:
         _part_documents(config, r, n())
@@ -185,7 +185,7 @@ def _in_turn(config, r, n, gain):
 
 
 def _ahead(config, r, n, gain):
-    """The inverse of chunk n(), made before there is a place for it; scores are the state warpgroups'."""
+    """The inverse of chunk n(), made before there is a place for it."""
     made = {}
     keep = lambda name, value: made.update({name: lax.optimization_barrier(value)})
     write_inverse(config, r, config.keys.place(n()), gain, keep, lambda: None)

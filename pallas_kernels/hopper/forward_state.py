@@ -74,11 +74,15 @@ def _step(config, r, w, columns, n, state):
     if config.staged:  # the state before is still in the stage
         state = lax.optimization_barrier(advanced(state))
     plgpu.barrier_wait(queries.full(r, n))
+    if config.halving:
+        _make_scores(config, r, w, n, None)
     state, out = _recall(config, r, w, state, q_s, r.scale_s[w, 0])
     if config.decayed:
         out = out * left()
     if config.mixing:
         out = scaled_if(begins, out, r.seen_s.at[made])
+    if config.halving:
+        plgpu.barrier_wait(r.scores_full.at[made])
     out = matmul(update_low, scores_s.T, SQUARE, init=out, staged=staged)
     if not config.staged:
         state = advanced(state)
@@ -93,7 +97,7 @@ def _step(config, r, w, columns, n, state):
 
 
 def _step_ahead(config, r, w, columns, n, state):
-    """The same, where helpers are ahead and make the inverse only."""
+    """The same, where helpers are ahead."""
     keys, queries, products = config.keys, config.queries, config.products
     staged = part_of(r.state_stage, w)
     made, k_s, v_s = products.place(n), r.k_s.at[keys.place(n)], r.v_s.at[config.values.place(n), w]
@@ -200,8 +204,9 @@ def _update(config, r, w, n, columns, begins, recalled):
     forgotten = (recalled * (-1.0 if config.tied else erase(-1.0))).astype(config.dtype)
     if config.mixing:
         forgotten = scaled_if(begins, forgotten, r.seen_s.at[made])
-    solve_t = r.solve_s.at[made].T
-    update = matmul([v_s.T, forgotten], [solve_t, solve_t], SQUARE, staged=part_of(r.state_stage, w))
+    update = times_transposed([v_s, forgotten], r.solve_s.at[made])
+    plgpu.wgmma_wait(0)
+    update = lax.optimization_barrier(update)
     if config.save:  # in the place of V, which all threads have read
         plgpu.commit_smem()
         v_s.T[...] = update.astype(config.dtype)

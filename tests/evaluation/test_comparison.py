@@ -50,6 +50,21 @@ def test_a_wrong_rule_has_a_large_error(bench):
     assert row["errors"]["output"]["error"] > 0.05
 
 
+@pytest.mark.parametrize("known", [True, False])
+def test_documents(known):
+    """Whose ids the program is given, or knows when tracing."""
+    bench = Bench(Case(1, 70, 2, 4, 4, documents=3, known=known, dtype="float32"), gradients=True)
+    assert str(bench.case).endswith("3 documents known when tracing" if known else "3 documents")
+    for direction in (FORWARD, BOTH):
+        row = measure(bench, "xla", direction, BEST, repeats=1)
+        assert all(0 < result["error"] < 1e-5 for result in row["errors"].values())
+
+
+def test_only_documents_are_known():
+    with pytest.raises(EvaluationError, match="known is True; documents must be more than 1"):
+        Case(1, 70, 2, 4, 4, known=True)
+
+
 def test_silent_zeros_are_suspected(bench):
     def build(name, bench, direction):
         program, results = implementation(name, bench, direction)

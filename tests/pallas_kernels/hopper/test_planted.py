@@ -90,7 +90,7 @@ AHEAD = {
     "values": ("forward_state", r"    plgpu\.wait_smem_to_gmem\(0, wait_read_only=True\)\n( +_, count)", r"\1"),
     "output": ("forward_state", r"columns, v_s, ", "columns, r.v_s.at[config.values.place(n + 1), w], "),
     "masks": ("forward_state", r"((?: +plgpu\.barrier_wait.*\n){2})( +_make_scores.*\n)", r"\2\1"),
-    "scores": ("forward_state", r" +plgpu\.barrier_wait\(r\.scores_full.*\n", ""),
+    "scores": ("forward_state", r"plgpu\.barrier_wait\(r\.scores_full.*\n", "None\n"),
 }
 
 
@@ -226,7 +226,7 @@ def test_wrong_number_of_documents_ahead(races, plant, monkeypatch, name, old, n
 def test_keys_forgotten_early(races, plant, monkeypatch, early):
     """One state warpgroup's part of the keys by the other, or before the other has read them."""
     in_four_pieces(monkeypatch, ahead=True)
-    plant("forward_state", rf" +plgpu\.barrier_wait\(r\.{early}.*\n", "")
+    plant("forward_state", rf"plgpu\.barrier_wait\(r\.{early}.*\n", "None\n")
     assert found(races, results_of_documents, value_dim=128)
 
 
