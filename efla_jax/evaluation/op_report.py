@@ -1,6 +1,7 @@
 """Rows of `comparison.measure` as lines, a table of Markdown and a plot."""
 
 import os
+import textwrap
 from collections.abc import Sequence
 
 import jax
@@ -159,6 +160,7 @@ def _points(axis, group: list[Row], names: list[str], shapes: list[str]) -> None
     axis.hlines(list(floors.values()), [x - 0.45 for x in floors], [x + 0.45 for x in floors], "black", label="floor")
     axis.set_yscale("log")
     axis.grid(axis="y", which="both", alpha=0.3)
-    axis.set_xticks(range(len(shapes)), shapes, fontsize=7)
+    labels = ["\n".join(textwrap.wrap(shape, 20)) for shape in shapes]
+    axis.set_xticks(range(len(shapes)), labels, fontsize=7)
     axis.set_xlim(-0.5, len(shapes) - 0.5)
     axis.legend(fontsize=7, ncols=4)

@@ -12,7 +12,9 @@ from pathlib import Path
 import jax
 
 PATH = Path(__file__).with_name("blocks.json")
-FURTHEST = 4.0  # a measurement says nothing about shapes that are further away than this factor, in B·H or in T
+# A measurement says nothing about shapes that are further away than this factor, in B·H or in T. Pieces fill the card:
+# as many of twice the heads would take two rounds.
+FURTHEST = dict(decode=4.0, forward=1.5, both=1.5)
 
 
 @functools.cache
@@ -33,6 +35,6 @@ def lookup(direction: str, key_dim: int, value_dim: int, heads: int, length: int
     for row in rows:
         if (row["K"], row["V"]) == (key_dim, value_dim):
             away = ratio(row["BH"], heads), ratio(row["T"], length)
-            if max(away) <= math.log2(FURTHEST):
+            if max(away) <= math.log2(FURTHEST[direction]):
                 near.append((sum(away), row["BH"], row["T"], row["choice"]))
     return min(near, key=lambda found: found[:3])[-1] if near else {}

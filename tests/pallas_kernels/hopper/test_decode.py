@@ -182,9 +182,11 @@ def test_default_columns(key_dim, value_dim):
 
 @pytest.fixture
 def table(tmp_path, monkeypatch):
-    """A table of three measured shapes in place of the one that ships."""
+    """A table of three measured shapes of decoding, and one of a row, in place of the one that ships."""
     row = lambda heads, columns: dict(K=128, V=128, BH=heads, T=1, choice=dict(columns=columns))
-    content = {"a card": {"decode": dict(provenance={}, rows=[row(16, 16), row(64, 64), row(4096, 32)])}}
+    whole = dict(K=128, V=128, BH=16, T=8192, choice=dict(pieces=8))
+    decode_rows = dict(provenance={}, rows=[row(16, 16), row(64, 64), row(4096, 32)])
+    content = {"a card": dict(decode=decode_rows, both=dict(provenance={}, rows=[whole]))}
     (tmp_path / "blocks.json").write_text(json.dumps(content))
     monkeypatch.setattr(blocks, "PATH", tmp_path / "blocks.json")
     blocks.tables.cache_clear()
@@ -194,8 +196,12 @@ def table(tmp_path, monkeypatch):
 
 @pytest.mark.usefixtures("table")
 @pytest.mark.parametrize(
-    ("where", "columns"),
+    ("where", "count"),
     [
+        (("both", 128, 128, 16, 8192), 8),
+        (("both", 128, 128, 20, 9000), 8),
+        (("both", 128, 128, 32, 8192), None),
+        (("both", 128, 128, 16, 16384), None),
         (("decode", 128, 128, 16, 1), 16),
         (("decode", 128, 128, 24, 1), 16),
         (("decode", 128, 128, 40, 1), 64),
@@ -207,8 +213,8 @@ def table(tmp_path, monkeypatch):
     ],
     ids=str,
 )
-def test_nearest_measured_shape(where, columns):
-    assert blocks.lookup(*where, device="a card").get("columns") == columns
+def test_nearest_measured_shape(where, count):
+    assert list(blocks.lookup(*where, device="a card").values()) == ([] if count is None else [count])
     assert blocks.lookup(*where, device="another card") == {}
 
 
