@@ -9,6 +9,7 @@ import inspect
 import re
 import sys
 import types
+from functools import partial
 
 import jax
 import numpy as np
@@ -105,6 +106,14 @@ def test_late_wait_ahead(races, plant, monkeypatch, planted):
         jax.block_until_ready(efla_attention(**inputs, segment_ids=ids, implementation="pallas_gpu"))
 
     assert found(races, run)
+
+
+def test_half_of_the_scores_early(races, plant, monkeypatch):
+    """Where something is saved both state warpgroups make half of the scores too."""
+    in_whole_rows(monkeypatch)
+    plant("forward_state", r"plgpu\.barrier_wait\(r\.scores_full.*\n", "None\n")
+    inputs, cotangent = rounded(batch=1, length=300, heads=1, value_dim=128)
+    assert found(races, partial(evaluate, inputs, implementation="pallas_gpu", cotangent=cotangent))
 
 
 # A chunk is sent for before its place is free.
