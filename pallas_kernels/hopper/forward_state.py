@@ -238,7 +238,7 @@ def _recall(config, r, w, state, tokens, scale=None):
     pieces = [tokens.at[:, pl.ds(part * 64, 64)].T for part in parts]
     if config.staged:
         out = matmul([r.stage_s.at[w, part] for part in parts], pieces, SQUARE, staged=staged)
-        return state, out if scale is None or config.scale == 1 else out * config.scale
+        return state, out if scale is None else _scaled(config, out)
     out: Any = None
     for part in parts:
         low = state[:, part * 64 : (part + 1) * 64]

@@ -51,13 +51,17 @@ def test_a_wrong_rule_has_a_large_error(bench):
 
 
 @pytest.mark.parametrize("known", [True, False])
-def test_documents(known):
+def test_documents(monkeypatch, known):
     """Whose ids the program is given, or knows when tracing."""
+    given = []
+    compile_jax = comparison.compile_jax
+    monkeypatch.setattr(comparison, "compile_jax", lambda fn, sets: given.append(sets[0][0]) or compile_jax(fn, sets))
     bench = Bench(Case(1, 70, 2, 4, 4, documents=3, known=known, dtype="float32"), gradients=True)
     assert str(bench.case).endswith("3 documents known when tracing" if known else "3 documents")
     for direction in (FORWARD, BOTH):
         row = measure(bench, "xla", direction, BEST, repeats=1)
         assert all(0 < result["error"] < 1e-5 for result in row["errors"].values())
+    assert ["segment_ids" in inputs for inputs in given] == [not known] * 2
 
 
 def test_only_documents_are_known():

@@ -26,16 +26,17 @@ def run(*options):
 
 def test_the_benchmark(tmp_path):
     done = run(
-        "--shapes=1x128x2x64,1x70x1x16x8p3", "--implementations=xla,scan,pallas_tpu,jla", "--repeats=2",
+        "--shapes=1x128x2x64,1x70x1x16x8p3,1x70x1x16k2", "--implementations=xla,scan,pallas_tpu,jla", "--repeats=2",
         "--commit=abc", f"--output={tmp_path / 'new'}",
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     results = json.loads((tmp_path / "new" / "results.json").read_text())
     assert results["commit"] == "abc"
-    assert "--shapes=1x128x2x64,1x70x1x16x8p3 --directions=forward,both --repeats=2" in results["command"]
+    assert "--shapes=1x128x2x64,1x70x1x16x8p3,1x70x1x16k2 --directions=forward,both --repeats=2" in results["command"]
     rows = results["rows"]
-    assert len(rows) == 2 * 2 * 4
-    assert {row["shape"] for row in rows} == {"1×128×2×64", "1×70×1×16×8, 3 documents"}
+    assert len(rows) == 3 * 2 * 4
+    known = "1×70×1×16, 2 documents known when tracing"
+    assert {row["shape"] for row in rows} == {"1×128×2×64", "1×70×1×16×8, 3 documents", known}
     for row in rows:
         assert row["implementation"] in done.stdout
         if row["implementation"] in ("xla", "scan"):
