@@ -1,19 +1,20 @@
 """Runs every kind of Hopper kernel once on small shapes: what compute-sanitizer is pointed at.
 
-compute-sanitizer --tool memcheck python -m experiments.kernels.sanitize [--only=REGEX] [--list]
-compute-sanitizer --tool racecheck python -m experiments.kernels.sanitize [--only=REGEX]
+compute-sanitizer --target-processes application-only --tool memcheck \\
+    python -m experiments.kernels.sanitize [--only=REGEX] [--list]
 
-Kernels are those of `pallas_kernels.hopper.variants`, compiled side by side, then run one after the other: 3 chunks,
-the last of 2 tokens, of 67 rows, as many as keep the blocks of a kernel whole. Inputs are made on the host, so that
-little else runs on the GPU; each array is allocated by itself, so that memcheck sees its end. Exits with 1 if a result
-is not finite.
+Kernels are those of `pallas_kernels.hopper.variants`: 3 chunks, the last of 2 tokens, of 67 rows, as many as keep the
+blocks of a kernel whole. They run one after the other and not as parts of a larger program, and memory is not pooled:
+each array is allocated by itself and to the byte, so that memcheck sees its end. XLA tries out nothing. Exits with 1
+if an output, a state or a gradient is not finite.
+
+application-only: kernels are assembled by processes of their own; followed into these, compute-sanitizer hangs.
 """
 
 import os
 import re
 import time
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Mapping, MutableMapping
 from typing import Any
 
 import jax
@@ -56,15 +57,16 @@ def random_like(tree: Any, seed: int = 1) -> Any:
     return jax.tree.map(lambda x: rng.normal(size=x.shape).astype(x.dtype), tree)
 
 
-def arguments(variant: Variant, run_forward: Callable) -> list:
+def arguments(variant: Variant, run_forward: Callable | None) -> list:
     """Those of the variant's function; a backward one's residuals come from run_forward(*arguments)."""
     _, kind, _, shapes = variant
     if kind == "forward":
-        return host_arrays(shapes)
+        return jax.device_put(host_arrays(shapes))
     *inputs, _, output, state = shapes
-    given = host_arrays(tuple(inputs))
+    given = jax.device_put(host_arrays(tuple(inputs)))
+    assert run_forward is not None, "a backward kernel needs the forward one that saves"
     _, _, residuals = run_forward(*given)
-    return [*given, residuals, *random_like((output, state))]
+    return [*given, residuals, *jax.device_put(random_like((output, state)))]
 
 
 def forward_name(name: str) -> str:
@@ -72,46 +74,39 @@ def forward_name(name: str) -> str:
     return f"forward-{name.removeprefix('backward-')}-save"
 
 
-def _none(*given):
-    raise KeyError("a backward kernel needs the forward one that saves")
+def run(variant: Variant, function: Mapping[str, Callable]) -> list[str]:
+    """Runs it once, function being that of each variant by name -> types and shapes of what is not finite.
 
-
-def compiled(chosen: list[Variant]) -> dict[str, Callable]:
-    """The variants' functions by name, compiled side by side."""
-
-    def compile_one(variant):
-        name, _, function, shapes = variant
-        return name, jax.jit(function).lower(*shapes).compile()
-
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        return dict(pool.map(compile_one, chosen))
-
-
-def run(variant: Variant, functions: dict[str, Callable]) -> list[str]:
-    """Runs it once -> the types and shapes of results that are not finite."""
-    name = variant[0]
-    results = jax.block_until_ready(functions[name](*arguments(variant, functions.get(forward_name(name), _none))))
+    Residuals, the third result of a forward kernel, have places that nobody writes or reads.
+    """
+    name, kind = variant[:2]
+    results = jax.block_until_ready(function[name](*arguments(variant, function.get(forward_name(name)))))
+    results = results[:2] if kind == "forward" else results
     finite = lambda x: bool(np.all(np.isfinite(np.asarray(x).astype(np.float32))))
     return [f"{x.dtype}{list(x.shape)}" for x in jax.tree.leaves(results) if not finite(x)]
+
+
+def set_environment(environment: MutableMapping[str, str]) -> None:
+    """What XLA reads when the first device is looked at, which listing the variants does."""
+    environment.setdefault("XLA_PYTHON_CLIENT_ALLOCATOR", "cuda_async")
+    environment.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+    environment["XLA_FLAGS"] = f"{environment.get('XLA_FLAGS', '')} --xla_gpu_autotune_level=0".strip()
 
 
 def main(argv: list[str]) -> None:
     if argv[1:]:
         raise app.UsageError(f"unknown arguments {argv[1:]}")
-    every = list(variants(**SMALL))
-    chosen = [variant for variant in every if re.search(_ONLY.value, variant[0])]
+    set_environment(os.environ)
+    every = {variant[0]: variant for variant in variants(**SMALL)}
+    chosen = [variant for name, variant in every.items() if re.search(_ONLY.value, name)]
     if _LIST.value:
         print(*(variant[0] for variant in chosen), sep="\n")
         return
-    os.environ.setdefault("XLA_PYTHON_CLIENT_ALLOCATOR", "platform")
     if jax.default_backend() != "gpu":
         raise app.UsageError(f"the kernels need a GPU; this is {jax.devices()[0]}")
-    begun = time.monotonic()
-    names = {variant[0] for variant in chosen}
-    names |= {forward_name(variant[0]) for variant in chosen if variant[1] == "backward"}
-    functions = compiled([variant for variant in every if variant[0] in names])
-    print(f"{len(functions)} kernels compiled in {time.monotonic() - begun:.0f} s", flush=True)
-    bad = {}
+
+    functions = {name: variant[2] for name, variant in every.items()}
+    begun, bad = time.monotonic(), {}
     for variant in chosen:
         bad |= {variant[0]: found} if (found := run(variant, functions)) else {}
         print(variant[0], "NOT FINITE: " + ", ".join(found) if found else "ran", flush=True)

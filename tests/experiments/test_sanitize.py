@@ -1,5 +1,6 @@
 """What compute-sanitizer is pointed at: every kind of kernel, with arguments that fit it."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -36,8 +37,21 @@ def test_arguments_fit(name):
 
 def test_what_is_not_finite_is_told():
     variant = VARIANTS[0]
-    results = lambda *given: dict(sound=jnp.zeros(2), broken=jnp.full(3, jnp.nan))
+    unwritten = jnp.full(5, jnp.nan)
+    results = lambda *given: (jnp.zeros(2), jnp.full(3, jnp.nan), (unwritten,))
     assert run(variant, {variant[0]: results}) == ["float32[3]"]
+
+
+def test_memory_is_allocated_to_the_byte_and_nothing_tried_out():
+    """Of the running program, before it has looked at a device."""
+    program = "from experiments.kernels import sanitize; from jax._src import xla_bridge; import os, sys;"
+    program += "sanitize.variants = lambda **small: print(xla_bridge.backends_are_initialized(), [os.environ[name]"
+    program += " for name in ('XLA_PYTHON_CLIENT_ALLOCATOR', 'XLA_FLAGS')]) or (); sanitize.app.run(sanitize.main)"
+    environment = os.environ | dict(XLA_FLAGS="--xla_dump_max_hlo_modules=3")
+    environment.pop("XLA_PYTHON_CLIENT_ALLOCATOR", None)
+    command = [sys.executable, "-c", program, "--list"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment, check=True)
+    assert done.stdout.strip() == "False ['cuda_async', '--xla_dump_max_hlo_modules=3 --xla_gpu_autotune_level=0']"
 
 
 def test_it_refuses_a_cpu():
