@@ -1,14 +1,15 @@
 """Runs every kind of Hopper kernel once on small shapes: what compute-sanitizer is pointed at.
 
-compute-sanitizer --target-processes application-only --tool memcheck \\
+compute-sanitizer --target-processes application-only --tool memcheck --padding 262144 \\
     python -m experiments.kernels.sanitize [--only=REGEX] [--list]
 
 Kernels are those of `pallas_kernels.hopper.variants`: 3 chunks, the last of 2 tokens, of 67 rows, as many as keep the
 blocks of a kernel whole. They run one after the other and not as parts of a larger program, and memory is not pooled:
-each array is allocated by itself and to the byte, so that memcheck sees its end. XLA tries out nothing. Exits with 1
-if an output, a state or a gradient is not finite.
+each array is allocated by itself and to the byte. XLA tries out nothing. Exits with 1 if an output, a state or a
+gradient is not finite.
 
 application-only: kernels are assembled by processes of their own; followed into these, compute-sanitizer hangs.
+padding: bytes between arrays; without them what lies behind one is another, in which memcheck sees no fault.
 """
 
 import os
