@@ -176,36 +176,26 @@ def test_a_process_that_hangs_is_taken_for_dead(tmp_path, address):
         assert "heartbeat timeout" in errors or "stopped sending heartbeats" in errors
 
 
-@pytest.fixture
-def small_disk(tmp_path):
-    """A workdir whose checkpoints lie on a file system of 4 MiB."""
-    path = tmp_path / "run" / "checkpoints"
-    path.mkdir(parents=True)
-    mount = ["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", path]
-    if subprocess.run(mount, check=False, capture_output=True).returncode:
-        pytest.skip("needs the right to mount a tmpfs")
-    yield path.parent
-    subprocess.run(["umount", path], check=True)
-
-
 @pytest.mark.slow
-def test_a_full_disk_ends_all_and_leaves_the_checkpoint_before(small_disk, address, uninterrupted):
-    steps, ballast = f"--config.train.steps={STEPS}", small_disk / "checkpoints" / "ballast"
-    with processes([small_disk] * 2, address, steps, devices=2) as children:
-        wait_for_checkpoint(small_disk, 3, children)
+def test_a_full_disk_ends_all_and_leaves_the_checkpoint_before(small_disk, tmp_path, address, uninterrupted):
+    workdir, steps = tmp_path / "run", f"--config.train.steps={STEPS}"
+    disk = small_disk(workdir / "checkpoints", mebibytes=4)
+    ballast = disk / "ballast"
+    with processes([workdir] * 2, address, steps, devices=2) as children:
+        wait_for_checkpoint(workdir, 3, children)
         with pytest.raises(OSError, match="No space left"), ballast.open("wb", buffering=0) as file:  # noqa: PT012
             while True:
                 file.write(bytes(4096))
         errors = [child.communicate(timeout=3 * HEARTBEAT_SECONDS)[1] for child in children]
         assert all(child.returncode != 0 for child in children)
-    message = f"saving checkpoint \\d+ to {small_disk / 'checkpoints'} failed: .*No space left"
+    message = f"saving checkpoint \\d+ to {disk} failed: .*No space left"
     assert any(re.search(message, text) for text in errors), errors
-    kept = [name for name in checkpoint_names(small_disk) if name.isdecimal()]
+    kept = [name for name in checkpoint_names(workdir) if name.isdecimal()]
     assert "3" in kept
     assert str(STEPS) not in kept
     ballast.unlink()
-    run(small_disk, address, steps)
-    assert metric_lines(small_disk) == metric_lines(uninterrupted)
+    run(workdir, address, steps)
+    assert metric_lines(workdir) == metric_lines(uninterrupted)
 
 
 # told to end; other numbers of processes
