@@ -13,7 +13,7 @@ pytestmark = pytest.mark.gpu
 
 PIECES = {
     "pieces, documents, state": (Case(1, 8192, 2, 128, 128, documents=3, state=True), "exact"),
-    "pieces, one long document of many": (Case(1, 16384, 4, 64, 64, documents=2), "exact"),
+    "pieces, long documents": (Case(1, 16384, 4, 64, 64, documents=2), "exact"),
     "pieces, decay": (Case(1, 4096, 1, 128, 128, log_decay=True), "exact"),
     "pieces, several parts a run": (Case(2, 8192, 16, 128, 128), "exact"),
 }
